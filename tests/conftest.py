@@ -1,0 +1,35 @@
+"""Fixtures shared by all tests: float64 on demand, a compilation cache, keys."""
+
+import os
+import pathlib
+
+import hypothesis
+import jax
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+jax.config.update("jax_compilation_cache_dir", str(ROOT / ".jax_cache"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+hypothesis.settings.register_profile(
+    "nlx",
+    max_examples=int(os.environ.get("NLX_EXAMPLES", "12")),
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile("nlx")
+
+
+@pytest.fixture
+def x64():
+    """Runs one test in float64."""
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture
+def key():
+    """A fixed random key."""
+    return jax.random.key(0)
