@@ -1,0 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A linear memory per head, written and read at every token."""
+
+from nlx_kernels.linear_memory.api import linear_memory as linear_memory

@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""mlp_memory: Titans, TTT and every memory that is an MLP written from outside."""
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+from jaxtyping import Array, Float, Int
+
+from nlx_kernels._checks import Checker
+from nlx_kernels._dispatch import Implementation, choose
+from nlx_kernels.mlp_memory import reference
+from nlx_kernels.mlp_memory.state import MLPMemoryState
+
+OFFERED = {"reference": reference.mlp_memory}
+MAX_DEPTH = 4
+
+
+def mlp_memory(
+    q: Float[Array, "b t h k"],
+    k: Float[Array, "b t h k"],
+    v: Float[Array, "b t h v"],
+    *,
+    weights: tuple[Float[Array, "h i o"], ...] | None = None,
+    state: MLPMemoryState | None = None,
+    rate: Float[Array, "b t h"],
+    retain: Float[Array, "b t h"],
+    momentum: Float[Array, "b t h"] | None = None,
+    erase: Float[Array, "b t h"] | None = None,
+    chunk_size: int,
+    read: Literal["after_write", "chunk_start"] = "after_write",
+    activation: Literal["gelu", "silu"] = "gelu",
+    residual: bool = True,
+    norm: bool = False,
+    segment_ids: Int[Array, "b t"] | None = None,
+    implementation: Implementation | None = None,
+    interpret: bool = False,
+) -> tuple[Float[Array, "b t h v"], MLPMemoryState]:
+    """An MLP memory per head, written at every token, its gradients frozen for a chunk.
+
+        M(z) = z + act(.. act(z W_1) W_2 ..) W_L                with norm: z + layernorm(..)
+        g_t  = gradient of 1/2 |M(k_t) - v_t|^2 at the weights of the chunk's start
+        P_t  = momentum_t P_{t-1} - rate_t g_t
+        W_t  = (retain_t I - erase_t z_t z_t^T) W_{t-1} + P_t                  per layer
+        y_t  = M(q_t) at W_t, or at the chunk's start
+
+    z_t is the layer's own input at the chunk's start, of unit length (0 where it is 0). A chunk
+    ends where the row's own position is a multiple of `chunk_size`, whatever the calls.
+
+    Args:
+      q: queries, float64, float32 or bfloat16.
+      k: keys, of q's dtype.
+      v: values, of q's dtype; as wide as the keys if `residual`.
+      weights: where the memory starts, 1 to 4 layers [h, in, out]. Pass this or `state`; both
+        only with `segment_ids`, whose later segments start from `weights`.
+      state: the memory to go on from, as returned.
+      rate: inner learning rate, >= 0. Gates are at least float32.
+      retain: share of the weights kept, in [0, 1]; exactly 0 is a reset.
+      momentum: share of the momentum kept, in [0, 1]; None: P_t = -rate_t g_t, and no buffer.
+      erase: strength of forgetting along the layer's input, >= 0; None is 0.
+      chunk_size: tokens between two moves of the point where gradients are taken; 1 is exact
+        online gradient descent.
+      read: read after the token's own write, or from the chunk's start.
+      activation: between the layers; gelu is its tanh form.
+      residual: add z to the output.
+      norm: normalise the last layer's output to mean 0 and variance 1 (epsilon 1e-6), as TTT.
+      segment_ids: where the id differs from the previous token's, weights go back to `weights`,
+        momentum and position to 0; the first token goes on from `state`.
+      implementation: None chooses; a name is obeyed or refused.
+      interpret: run a kernel on the CPU.
+
+    Returns:
+      y in q's dtype, and the state after the last token.
+
+    Raises:
+      ValueError, TypeError: one sentence that names the argument.
+
+    References:
+      Behrouz et al. (2024), Titans, Eq. 11-18; Behrouz et al. (2025), Nested Learning, Eq. 57, 89;
+      Sun et al. (2024), Learning to (Learn at Test Time), Eq. 4-7.
+    """
+    run = choose("mlp_memory", implementation, interpret, OFFERED)
+    check = Checker("mlp_memory")
+    q, k, v = check.inputs(q=(q, "b t h k"), k=(k, "b t h k"), v=(v, "b t h v"))
+    rate, retain = check.gate("rate", rate), check.gate("retain", retain)
+    momentum = None if momentum is None else check.gate("momentum", momentum)
+    erase = None if erase is None else check.gate("erase", erase)
+    chunk_size = check.size("chunk_size", chunk_size)
+    check.option("read", read, ("after_write", "chunk_start"))
+    check.option("activation", activation, tuple(reference.ACTIVATIONS))
+    check.option("residual", residual, (True, False))
+    check.option("norm", norm, (True, False))
+    if residual and check.sizes["k"] != check.sizes["v"]:
+        raise ValueError(
+            f"mlp_memory: v has {check.sizes['v']} channels and k {check.sizes['k']}; with "
+            f"residual=True they must be equal."
+        )
+    segment_ids = check.segments(segment_ids)
+    check.start("weights", weights, state, segment_ids)
+    if weights is not None:
+        weights = _layers(check, check.weights, "weights", weights, "h")
+    if state is not None:
+        state = _state(check, state, momentum is not None)
+    y, new_state = run(
+        q, k, v, weights=weights, state=state, rate=rate, retain=retain, momentum=momentum,
+        erase=erase, chunk_size=chunk_size, read=read, activation=activation, residual=residual,
+        norm=norm, segment_ids=segment_ids,
+    )  # fmt: skip
+    return y.astype(q.dtype), new_state
+
+
+def _layers(check: Checker, one: Callable, name: str, weights: Any, lead: str) -> tuple:
+    """Weights whose widths follow each other from the keys' to the values'."""
+    if not isinstance(weights, tuple | list) or not 1 <= len(weights) <= MAX_DEPTH:
+        found = len(weights) if isinstance(weights, tuple | list) else type(weights).__name__
+        raise ValueError(
+            f"mlp_memory: {name} has {found} layers; it must be a tuple of 1 to {MAX_DEPTH} "
+            f"arrays [{', '.join(lead.split())}, in, out]."
+        )
+    widths = ["k", *(f"f{layer}" for layer in range(1, len(weights))), "v"]
+    return tuple(
+        one(f"{name}[{i}]", weight, f"{lead} {widths[i]} {widths[i + 1]}")
+        for i, weight in enumerate(weights)
+    )
+
+
+def _state(check: Checker, state: Any, momentum: bool) -> MLPMemoryState:
+    """A state that fits the call."""
+    check.fields("state", state, MLPMemoryState)
+    check.buffer(state.momentum, momentum)
+
+    def layers(name: str) -> tuple:
+        return _layers(check, check.state, f"state.{name}", getattr(state, name), "b h")
+
+    return MLPMemoryState(
+        weights=layers("weights"),
+        chunk_start=layers("chunk_start"),
+        momentum=layers("momentum") if momentum else None,
+        position=check.array("state.position", state.position, "b", ("int32",)),
+    )
