@@ -1,0 +1,240 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Text as bytes: the corpus, its split by file, and batches whose position is a number.
+
+The tokenizer is the identity on bytes: token = byte, vocabulary 256. Files are joined by one zero
+byte, which no text holds, so a model also learns where files begin and end.
+"""
+
+import hashlib
+import os
+import pathlib
+import sysconfig
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import grain
+import numpy as np
+from jaxtyping import Int, UInt8
+
+from nlx_experiments.errors import Refused
+
+VOCABULARY = 256
+SEPARATOR = 0
+HELD_OUT_SHARE = 0.05
+# Of the standard library: no tests, nothing installed, and neither of its two folders of generated
+# text (code pages, rendered help), which are a fifth of its bytes and no source.
+SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+SKIPPED_FOLDERS |= {"encodings", "pydoc_data"}
+
+Bytes = UInt8[np.ndarray, " n"]
+
+
+class TextFile(NamedTuple):
+    """One file of the corpus: name relative to its root, bytes, digest, "train" or "held-out"."""
+
+    name: str
+    size: int
+    sha256: str
+    split: str
+
+
+class Corpus(NamedTuple):
+    """Both splits as byte streams, with the exact list of files they were made of."""
+
+    name: str
+    train: Bytes
+    heldout: Bytes
+    files: tuple[TextFile, ...]
+
+    @property
+    def sha256(self) -> str:
+        """Digest of every file's name, content and split."""
+        lines = (f"{f.name} {f.sha256} {f.split}\n" for f in self.files)
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+    def record(self) -> dict[str, Any]:
+        """What stands beside a run: list, sizes and digest."""
+        return {
+            "name": self.name,
+            "sha256": self.sha256,
+            "train_bytes": int(self.train.size),
+            "heldout_bytes": int(self.heldout.size),
+            "files": [file._asdict() for file in self.files],
+        }
+
+
+def encode(text: str) -> Bytes:
+    """The bytes of `text` in UTF-8, as tokens."""
+    return np.frombuffer(text.encode(), np.uint8)
+
+
+def load(paths: Sequence[pathlib.Path] = ()) -> Corpus:
+    """Reads files and folders of text, or, given none, the standard library's own source.
+
+    Args:
+      paths: files or folders; in a folder every UTF-8 file without zero bytes counts, hidden ones
+        excepted.
+
+    Raises:
+      Refused: a path that does not exist, or no text under it.
+    """
+    if not paths:
+        return _corpus("the Python standard library", _standard_library())
+    texts: dict[str, bytes] = {}
+    for path in paths:
+        if not path.exists():
+            raise Refused(f"`--data` holds {path}, which does not exist; pass files or folders.")
+        found = dict(_texts(path))
+        if not found:
+            raise Refused(f"`--data` holds {path}, in which there is no UTF-8 text.")
+        texts |= found
+    return _corpus(", ".join(path.name or str(path) for path in paths), texts)
+
+
+def is_held_out(name: str) -> bool:
+    """Whether the file of this relative name is held out: a hash of the name decides, for ever."""
+    digest = hashlib.sha256(name.encode()).digest()
+    return int.from_bytes(digest[:8], "big") < HELD_OUT_SHARE * 2**64
+
+
+def _standard_library() -> dict[str, bytes]:
+    root = pathlib.Path(sysconfig.get_path("stdlib"))
+    texts = {}
+    for path in _walk(root):
+        if path.suffix == ".py" and not path.name.startswith("_sysconfigdata"):
+            content = path.read_bytes()
+            if content and _is_text(content):
+                texts[path.relative_to(root).as_posix()] = content
+    if not texts:
+        raise Refused(
+            f"this Python ships no sources of its standard library (none under {root}); "
+            "pass `--data` with files or folders of text."
+        )
+    return texts
+
+
+def _texts(path: pathlib.Path) -> Iterator[tuple[str, bytes]]:
+    files = _walk(path, skipped=set()) if path.is_dir() else [path]
+    for file in files:
+        try:
+            content = file.read_bytes()
+        except OSError as error:
+            raise Refused(
+                f"`--data` holds {file}, which cannot be read: {error.strerror}."
+            ) from error
+        if content and _is_text(content):
+            yield file.relative_to(path.parent).as_posix(), content
+
+
+def _walk(root: pathlib.Path, skipped: set[str] = SKIPPED_FOLDERS) -> Iterator[pathlib.Path]:
+    for folder, folders, names in os.walk(root):
+        folders[:] = [f for f in folders if f not in skipped and not f.startswith(".")]
+        for name in names:
+            path = pathlib.Path(folder, name)
+            if not name.startswith(".") and path.is_file():
+                yield path
+
+
+def _is_text(content: bytes) -> bool:
+    try:
+        content.decode()
+    except UnicodeDecodeError:
+        return False
+    return SEPARATOR not in content
+
+
+def _corpus(name: str, texts: dict[str, bytes]) -> Corpus:
+    names = sorted(texts)
+    if len(names) == 1:
+        texts, held_out = _cut(names[0], texts[names[0]])
+        names = list(texts)
+    else:
+        held_out = {n for n in names if is_held_out(n)}
+        if not held_out or len(held_out) == len(names):
+            held_out = {min(names, key=lambda n: hashlib.sha256(n.encode()).digest())}
+    files = tuple(
+        TextFile(
+            n,
+            len(texts[n]),
+            hashlib.sha256(texts[n]).hexdigest(),
+            "held-out" if n in held_out else "train",
+        )
+        for n in names
+    )
+    streams = [
+        _join(texts[f.name] for f in files if f.split == split) for split in ("train", "held-out")
+    ]
+    return Corpus(name, streams[0], streams[1], files)
+
+
+def _cut(name: str, content: bytes) -> tuple[dict[str, bytes], set[str]]:
+    """A corpus of one file: its last tenth is held out, under a name that says so."""
+    cut = len(content) - len(content) // 10
+    tail = f"{name}[{cut}:]"
+    return {f"{name}[:{cut}]": content[:cut], tail: content[cut:]}, {tail}
+
+
+def _join(contents: Iterable[bytes]) -> Bytes:
+    return np.frombuffer(b"".join(c + bytes([SEPARATOR]) for c in contents), np.uint8)
+
+
+class Windows:
+    """Random access to the stream's windows: `length` inputs and, one further, their targets."""
+
+    def __init__(self, stream: Bytes, length: int):
+        """Cuts `stream` into windows that share one byte, so that each byte is a target once."""
+        if stream.size < length + 1:
+            raise Refused(
+                f"`length` is {length}, but the text holds only {stream.size} bytes; "
+                f"it must hold at least {length + 1}."
+            )
+        self.stream, self.length = stream, length
+
+    def __len__(self) -> int:
+        """Number of windows."""
+        return (self.stream.size - 1) // self.length
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """Window `index` with its number."""
+        start = int(index) * self.length
+        return {"tokens": self.stream[start : start + self.length + 1], "window": np.int64(index)}
+
+
+def training_data(stream: Bytes, *, length: int, batch: int, seed: int) -> grain.MapDataset:
+    """Batches of shuffled windows without end, a new order each epoch: batch `i` is a function
+    of the arguments and `i`.
+
+    Args:
+      stream: the training split.
+      length: tokens per row; a batch's `tokens` are `uint8[batch, length + 1]`.
+      batch: rows.
+      seed: of the orders.
+    """
+    windows = grain.MapDataset.source(Windows(stream, length)).seed(seed)
+    return windows.shuffle().repeat().batch(batch, drop_remainder=True)
+
+
+def batches(dataset: grain.MapDataset, position: dict | None = None) -> grain.DatasetIterator:
+    """An iterator with `get_state`; given a saved state it goes on with the very next batch."""
+    options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=8)
+    iterator = iter(dataset.to_iter_dataset(options))
+    if position is not None:
+        iterator.set_state(position)
+    return iterator
+
+
+def seen(dataset: grain.MapDataset, length: int, steps: int) -> list[tuple[int, int]]:
+    """The stretches `[start, stop)` of the stream that the first `steps` batches showed, once
+    each and in order, neighbours joined."""
+    numbers = np.unique(np.concatenate([dataset[i]["window"] for i in range(steps)]))
+    breaks = np.flatnonzero(np.diff(numbers) > 1) + 1
+    return [
+        (int(run[0]) * length, (int(run[-1]) + 1) * length + 1) for run in np.split(numbers, breaks)
+    ]
+
+
+def evaluation_windows(stream: Bytes, length: int, limit: int) -> Int[np.ndarray, " n"]:
+    """Numbers of the held-out windows to score: all, or evenly spaced ones of `limit` bytes."""
+    total = len(Windows(stream, length))
+    count = min(total, max(1, limit // length))
+    return np.arange(count) * total // count

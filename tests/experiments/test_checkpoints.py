@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints: exact round trips, rolling, and the last good one after any damage."""
+
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from nlx_experiments.checkpoints import Checkpoints, digest
+from nlx_experiments.errors import Refused
+
+
+def trees(value):
+    weights = {"a": jnp.full((300, 40), value, jnp.float32), "b": {"c": jnp.ones(3, jnp.bfloat16)}}
+    rule = optax.chain(optax.clip(1.0), optax.adam(1e-3))
+    return {
+        "weights": weights,
+        "memories": (rule.init(weights), jnp.int32(value)),
+        "key": jax.random.key(value),
+    }
+
+
+@pytest.fixture
+def three(tmp_path):
+    """A folder with checkpoints of steps 1 to 4, of which the newest three are kept."""
+    with Checkpoints(tmp_path / "checkpoints", keep=3, say=print) as checkpoints:
+        for step in (1, 2, 3, 4):
+            checkpoints.save(step, trees(step), {"next_index": step})
+    return tmp_path / "checkpoints"
+
+
+def restore(folder, like=None):
+    said = []
+    with Checkpoints(folder, keep=3, say=said.append) as checkpoints:
+        return checkpoints.restore(like or trees(0)), said
+
+
+def test_round_trip_is_exact_and_rolls(three):
+    saved, said = restore(three)
+    assert said == []
+    assert saved.step == 4
+    assert saved.position == {"next_index": 4}
+    assert digest(saved.trees) == digest(trees(4))
+    assert jax.tree.structure(saved.trees) == jax.tree.structure(trees(4))
+    assert sorted(int(p.name) for p in three.iterdir()) == [2, 3, 4]
+
+
+def test_some_trees_alone(three):
+    saved, _ = restore(three, {"weights": trees(0)["weights"]})
+    assert digest(saved.trees) == digest({"weights": trees(4)["weights"]})
+
+
+def biggest(folder):
+    return max((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+
+
+def truncate(folder):
+    path = biggest(folder / "weights")
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def flip(folder):
+    path = biggest(folder / "weights")
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def empty_progress(folder):
+    (folder / "progress" / "metadata").write_text("")
+
+
+def lose_memories(folder):
+    shutil.rmtree(folder / "memories")
+
+
+def swap_weights(folder):
+    # Whole in itself, only not what was saved: nothing but the checksums can tell.
+    shutil.rmtree(folder / "weights")
+    shutil.copytree(folder.parent / "2" / "weights", folder / "weights")
+
+
+@pytest.mark.parametrize("damage", [truncate, flip, empty_progress, lose_memories, swap_weights])
+def test_damage_falls_back_and_says_so(three, damage):
+    damage(three / "4")
+    saved, said = restore(three)
+    assert saved.step == 3
+    assert digest(saved.trees) == digest(trees(3))
+    assert len(said) == 1
+    assert "step 4 is damaged" in said[0]
+    assert "step 3 is used" in said[0]
+    assert (three.parent / "damaged" / "4").exists()  # nothing is deleted
+    with Checkpoints(three, keep=3, say=print) as checkpoints:
+        checkpoints.save(4, trees(4), {"next_index": 4})  # and the step can be saved again
+    assert restore(three)[0].step == 4
+
+
+def test_all_damaged_is_none(three):
+    for step in (2, 3, 4):
+        truncate(three / str(step))
+    saved, said = restore(three)
+    assert saved is None
+    assert len(said) == 3
+    assert "none is left" in said[-1]
+
+
+def test_a_half_written_one_is_not_seen(three):
+    shutil.copytree(three / "4", three / "5.orbax-checkpoint-tmp-17")
+    saved, said = restore(three)
+    assert (saved.step, said) == (4, [])
+
+
+def test_nothing_is_unpickled(three, monkeypatch):
+    import pickle
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("unpickled")
+
+    for name in ("load", "loads", "Unpickler"):
+        monkeypatch.setattr(pickle, name, refuse)
+    assert restore(three)[0].step == 4
+    names = {p.suffix for p in three.rglob("*")}
+    assert not names & {".pkl", ".pickle"}
+
+
+def test_values_are_copied_before_save_returns(tmp_path):
+    step = jax.jit(lambda t: jax.tree.map(lambda x: x + 1, t), donate_argnums=0)
+    with Checkpoints(tmp_path / "c", keep=2, say=print) as checkpoints:
+        now = {"weights": {"a": jnp.zeros((500, 500))}}
+        checkpoints.save(0, now, {})
+        for _ in range(20):
+            now = step(now)
+    assert not np.any(restore(tmp_path / "c", now)[0].trees["weights"]["a"])
+
+
+def test_a_full_disk_is_one_sentence(three, monkeypatch):
+    usage = shutil.disk_usage(three)
+    with Checkpoints(three, keep=3, say=print) as checkpoints:
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10_000))
+        with pytest.raises(
+            Refused, match=r"step 5 .* 10000 are free.*; the last good one .* step 4"
+        ):
+            checkpoints.save(5, trees(5), {})
+    assert restore(three)[0].step == 4
+
+
+def test_a_failed_write_is_one_sentence(three, monkeypatch):
+    def fail():
+        raise OSError(28, "No space left on device")
+
+    with Checkpoints(three, keep=3, say=print) as checkpoints:
+        checkpoints.save(5, trees(5), {})
+        checkpoints.wait()
+        monkeypatch.setattr(checkpoints.manager, "wait_until_finished", fail)
+        with pytest.raises(Refused, match="step 5 could not be written .*No space left"):
+            checkpoints.wait()
+        monkeypatch.undo()
