@@ -1,4 +1,120 @@
 # SPDX-License-Identifier: Apache-2.0
-"""linear_memory, parallel inside blocks."""
+"""linear_memory, parallel inside blocks: one triangular solve a block, and a loop over blocks.
 
-from nlx_kernels.linear_memory.reference import linear_memory as linear_memory
+The derivation is in README.md. Axes: n blocks, c tokens of one block.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.scipy.linalg import solve_triangular
+from jaxtyping import Array, Bool, Float
+
+from nlx_kernels._checks import resets
+
+
+class Tokens(NamedTuple):
+    """The tokens of some blocks."""
+
+    q: Float[Array, "n b h c k"]
+    k: Float[Array, "n b h c k"]
+    v: Float[Array, "n b h c v"]
+    retain: Float[Array, "n b h c"]
+    erase: Float[Array, "n b h c"]
+    rate: Float[Array, "n b h c"]
+    kept: Bool[Array, "n b h c"]  # False where a segment begins
+
+
+class Block(NamedTuple):
+    """A block as an affine map of the state S it starts from.
+
+    Attributes:
+      written, taken: token j writes k_j^T u_j with u = written - taken S.
+      query, scores: the reads are query S + scores u.
+      carry, key: the state after the block is carry S + key^T u.
+    """
+
+    written: Float[Array, "n b h c v"]
+    taken: Float[Array, "n b h c k"]
+    query: Float[Array, "n b h c k"]
+    scores: Float[Array, "n b h c c"]
+    carry: Float[Array, "n b h"]
+    key: Float[Array, "n b h c k"]
+
+
+def linear_memory(q, k, v, *, retain, erase, rate, state, read, segment_ids, block_size):
+    """Arguments checked and filled in; the result does not depend on `block_size`."""
+    b, t, h, _ = q.shape
+    c = min(block_size, t)
+    reset = resets(segment_ids)
+    kept = jnp.ones((b, t), bool) if reset is None else ~reset
+    tokens = Tokens(
+        *(_blocks(x.astype(state.dtype), c, 0) for x in (q, k, v)),
+        retain=_blocks(retain, c, 1),
+        erase=_blocks(erase, c, 0),
+        rate=_blocks(rate, c, 0),
+        kept=_blocks(jnp.broadcast_to(kept[..., None], (b, t, h)), c, True),
+    )
+    blocks = jax.checkpoint(_prepare, static_argnums=1)(tokens, read)
+    state, y = jax.lax.scan(jax.checkpoint(_advance), state, blocks)
+    y = jnp.moveaxis(y, (0, 2), (1, 3))
+    return y.reshape(b, -1, h, y.shape[-1])[:, :t], state
+
+
+def _blocks(x: Float[Array, "b t h *d"], c: int, neutral: float) -> Float[Array, "n b h c *d"]:
+    """Cuts the tokens into blocks, the last one filled up with tokens that change nothing."""
+    pad = [(0, 0)] * x.ndim
+    pad[1] = (0, -x.shape[1] % c)
+    x = jnp.pad(x, pad, constant_values=neutral)
+    x = x.reshape(x.shape[0], -1, c, *x.shape[2:])
+    return jnp.moveaxis(x, (1, 3), (0, 2))
+
+
+def _prepare(tokens: Tokens, read: str) -> Block:
+    """All that can be known of the blocks without the states they start from."""
+    q, k, v, retain, erase, rate, kept = tokens
+    lasting, lasting0 = _products(jnp.where(kept, retain, 0))
+    before = jnp.where(kept[..., None], _shift(lasting, 0), 0)
+    before0 = jnp.where(kept, _shift(lasting0[..., None], 1)[..., 0], 0)
+    system = erase[..., None] * before * (k @ k.mT)
+    right = jnp.concatenate([rate[..., None] * v, (erase * before0)[..., None] * k], -1)
+    solved = solve_triangular(system, right, lower=True, unit_diagonal=True)
+    decay, decay0 = (lasting, lasting0) if read == "after_write" else (before, before0)
+    return Block(
+        written=solved[..., : v.shape[-1]],
+        taken=solved[..., v.shape[-1] :],
+        query=decay0[..., None] * q,
+        scores=decay * (q @ k.mT),
+        carry=lasting0[..., -1],
+        key=lasting[..., -1, :, None] * k,
+    )
+
+
+def _advance(state: Float[Array, "b h k v"], block: Block):
+    """One block: the state after it, and its reads."""
+    u = block.written - block.taken @ state
+    y = block.query @ state + block.scores @ u
+    return block.carry[..., None, None] * state + block.key.mT @ u, y
+
+
+def _products(gate: Float[Array, "n b h c"]):
+    """prod_{i=j+1..t} gate_i at [t, j], 0 above the diagonal; and prod_{i<=t} gate_i at [t].
+
+    Exact, with exact gradients, where a gate is 0: no logarithms.
+    """
+    c = gate.shape[-1]
+    later = jnp.tril(jnp.ones((c, c), bool), -1)
+    factors = jnp.where(_like(later, gate), gate[..., None], 1)
+    pairs = jnp.where(_like(jnp.tril(jnp.ones((c, c), bool)), gate), jnp.cumprod(factors, -2), 0)
+    return pairs, jnp.cumprod(gate, -1)
+
+
+def _like(mask: Bool[Array, "c c"], gate: Float[Array, "n b h c"]) -> Bool[Array, "1 1 1 c c"]:
+    return mask.reshape((1,) * (gate.ndim - 1) + mask.shape)
+
+
+def _shift(rows: Float[Array, "n b h c j"], first: float) -> Float[Array, "n b h c j"]:
+    """Row t holds what row t - 1 held; row 0 holds `first`."""
+    return jnp.pad(rows[..., :-1, :], [(0, 0)] * (rows.ndim - 2) + [(1, 0), (0, 0)],
+                   constant_values=first)  # fmt: skip

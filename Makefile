@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: Apache-2.0
+# make demo   train Hope on real text, compare, show the result
+# make test   the tests          make check   format and checks
+SHELL := /bin/sh
+VENV ?= .venv
+BIN := $(VENV)/bin
+PYTEST := $(BIN)/python -m pytest -n 2 -q
+
+.PHONY: demo test check slow faults wheel clean
+
+demo: $(VENV)/.ready
+	$(BIN)/nlx run demo
+
+test: $(VENV)/.ready
+	$(PYTEST) -m "not slow"
+
+slow: $(VENV)/.ready
+	$(PYTEST) -m slow
+
+faults: $(VENV)/.ready
+	$(BIN)/python -m nlx_experiments.faults --kills 20
+
+check: $(VENV)/.ready
+	$(BIN)/ruff format $(if $(CI),--check) .
+	$(BIN)/ruff check $(if $(CI),,--fix) .
+	$(BIN)/pyright
+
+wheel: $(VENV)/.ready
+	$(BIN)/pip wheel -q --no-deps -w dist .
+
+clean:
+	rm -rf $(VENV) .jax_cache .pytest_cache .hypothesis .ruff_cache dist
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	sh .ci/venv $(VENV)
+	@touch $@

@@ -1,0 +1,283 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The algebra of one chunk: many gated, rank-one writes to a weight matrix at once.
+
+Inside a chunk every gradient is taken at the frozen chunk-start weights, so token t writes the
+rank-one matrix ``u_t delta_t^T`` and erases along ``z_t``:
+
+    P_t = m_t P_{t-1} - r_t u_t delta_t^T
+    W_t = (a_t I - e_t z_t z_t^T) W_{t-1} + P_t
+
+With A_tj = prod_{i=j+1..t} a_i, M_tj likewise, c = A M, A0 = cumprod a, M0 = cumprod m, B0 = A M0,
+D = diag(r) Delta and `sh` the shift down by one token, the erased reads ``p_t = z_t W_{t-1}`` solve
+one unit lower triangular system,
+
+    (I + sh(A) * (Z Z^T) diag e) p = sh1(A0) Z W_0 + sh0(B0) Z P_0 - (sh(c) * (Z U^T)) D
+
+and then weights, momentum and reads are matrix products (derivation: mlp_memory/README.md).
+Products of gates are taken by `cumprod`, not by logarithms, so that a gate of exactly 0 and the
+gradient there are exact.
+
+A *piece* is an interval of the tokens of one window that share their chunk-start weights; where
+several segments begin in a window they all start from the same initial weights and are one piece.
+Axes: ``[..., c]`` for gates, ``[..., c, i]`` for vectors, ``[..., i, o]`` for weights.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Bool, Float, Int
+
+
+class Piece(NamedTuple):
+    """Which tokens of a window are written, and which of them share a segment.
+
+    Attributes:
+      valid: token belongs to the piece.
+      pair: ``pair[t, j]``: j <= t, both valid, in one segment.
+      first: the first valid token of each segment.
+      last: one-hot, the last valid token (all False in an empty piece).
+    """
+
+    valid: Bool[Array, "*n c"]
+    pair: Bool[Array, "*n c c"]
+    first: Bool[Array, "*n c"]
+    last: Bool[Array, "*n c"]
+
+
+class Decay(NamedTuple):
+    """Products of the gates inside a piece; names as in the module's equations."""
+
+    A: Float[Array, "*n c c"]
+    A0: Float[Array, "*n c"]
+    M: Float[Array, "*n c c"] | None
+    M0: Float[Array, "*n c"] | None
+    c: Float[Array, "*n c c"]
+    B0: Float[Array, "*n c"] | None
+
+
+class Write(NamedTuple):
+    """What a piece writes to one weight matrix: ``rate u delta^T`` and ``erase z p^T``."""
+
+    u: Float[Array, "*n c i"]
+    delta: Float[Array, "*n c o"]
+    z: Float[Array, "*n c i"] | None
+    erased: Float[Array, "*n c o"] | None
+
+
+def make_piece(valid: Bool[Array, "*n c"], segment: Int[Array, "*n c"]) -> Piece:
+    """Builds the masks of one piece from its tokens and their segment numbers."""
+    c = valid.shape[-1]
+    causal = jnp.tril(jnp.ones((c, c), bool))
+    same = segment[..., :, None] == segment[..., None, :]
+    pair = causal.reshape((1,) * (valid.ndim - 1) + (c, c)) & same
+    pair = pair & valid[..., :, None] & valid[..., None, :]
+    first = valid & (pair.sum(-1) == 1)
+    last = valid & ~jnp.concatenate([valid[..., 1:], jnp.zeros_like(valid[..., :1])], -1)
+    return Piece(valid, pair, first, last)
+
+
+def make_decay(
+    retain: Float[Array, "*n c"], momentum: Float[Array, "*n c"] | None, piece: Piece
+) -> Decay:
+    """Computes every product of gates a piece needs."""
+    A, A0 = _products(retain, piece)
+    if momentum is None:
+        return Decay(A, A0, None, None, A, None)
+    M, M0 = _products(momentum, piece)
+    return Decay(A, A0, M, M0, A @ M, (A @ M0[..., None])[..., 0])
+
+
+def _products(gate: Float[Array, "*n c"], piece: Piece):
+    """Returns prod_{i=j+1..t} gate_i per pair, and the same from each segment's start on."""
+    c = gate.shape[-1]
+    later = jnp.tril(jnp.ones((c, c), bool), -1).reshape((1,) * (gate.ndim - 1) + (c, c))
+    factors = jnp.where(later & piece.valid[..., :, None], gate[..., :, None], 1.0)
+    products = jnp.where(piece.pair, jnp.cumprod(factors, -2), 0.0)
+    start = jnp.where(piece.first, gate, 0.0)
+    return products, (products @ start[..., None])[..., 0]
+
+
+def _shift(rows: Float[Array, "*n c j"]) -> Float[Array, "*n c j"]:
+    return jnp.concatenate([jnp.zeros_like(rows[..., :1, :]), rows[..., :-1, :]], -2)
+
+
+def solve_write(
+    weights: Float[Array, "*n i o"],
+    momentum: Float[Array, "*n i o"] | None,
+    u: Float[Array, "*n c i"],
+    delta: Float[Array, "*n c o"],
+    z: Float[Array, "*n c i"] | None,
+    rate: Float[Array, "*n c"],
+    erase: Float[Array, "*n c"] | None,
+    piece: Piece,
+    decay: Decay,
+) -> Write:
+    """Scales the writes by their rates and solves for what each token erases.
+
+    Args:
+      weights, momentum: the working weights and momentum buffer before the piece.
+      u, delta: input and error of the layer at the chunk-start weights.
+      z: directions to erase (unit or zero vectors), or None.
+      rate, erase: gates; None erases nothing.
+      piece, decay: masks and products of gates.
+    """
+    delta = jnp.where(piece.valid, rate, 0.0)[..., None] * delta
+    if z is None or erase is None:
+        return Write(u, delta, None, None)
+    pair = jnp.where(piece.pair, 1.0, 0.0).astype(delta.dtype)
+    erase = jnp.where(piece.valid, erase, 0.0)
+    started = jnp.where(piece.first, 1.0, _shift(decay.A0[..., None])[..., 0])
+    target = started[..., None] * (z @ weights)
+    target -= (_shift(decay.c) * pair * (z @ u.mT)) @ delta
+    if momentum is not None and decay.B0 is not None:
+        carried = jnp.where(piece.first, 0.0, _shift(decay.B0[..., None])[..., 0])
+        target += carried[..., None] * (z @ momentum)
+    system = _shift(decay.A) * pair * (z @ z.mT) * erase[..., None, :]
+    p = jax.lax.linalg.triangular_solve(
+        system, target, left_side=True, lower=True, unit_diagonal=True
+    )
+    return Write(u, delta, z, erase[..., None] * p)
+
+
+def read_write(
+    query: Float[Array, "*n c i"],
+    weights: Float[Array, "*n i o"],
+    momentum: Float[Array, "*n i o"] | None,
+    write: Write,
+    decay: Decay,
+) -> Float[Array, "*n c o"]:
+    """Reads ``query_t W_t``, the running weights after token t's write."""
+    out = decay.A0[..., None] * (query @ weights)
+    out -= (decay.c * (query @ write.u.mT)) @ write.delta
+    if momentum is not None and decay.B0 is not None:
+        out += decay.B0[..., None] * (query @ momentum)
+    if write.z is not None:
+        out -= (decay.A * (query @ write.z.mT)) @ write.erased
+    return out
+
+
+def end_write(
+    weights: Float[Array, "*n i o"],
+    momentum: Float[Array, "*n i o"] | None,
+    write: Write,
+    piece: Piece,
+    decay: Decay,
+) -> tuple[Float[Array, "*n i o"], Float[Array, "*n i o"] | None]:
+    """Returns weights and momentum after the last token (unchanged by an empty piece)."""
+    last = piece.last.astype(weights.dtype)
+    empty = 1.0 - last.sum(-1)
+
+    def row(matrix):
+        return (last[..., None, :] @ matrix)[..., 0, :]
+
+    def kept(vector):
+        return (last * vector).sum(-1)
+
+    a0 = (kept(decay.A0) + empty)[..., None, None]
+    out = a0 * weights - (write.u * row(decay.c)[..., None]).mT @ write.delta
+    if write.z is not None:
+        out -= (write.z * row(decay.A)[..., None]).mT @ write.erased
+    if momentum is None or decay.M is None:
+        return out, None
+    out += kept(decay.B0)[..., None, None] * momentum
+    m0 = (kept(decay.M0) + empty)[..., None, None]
+    buffer = m0 * momentum - (write.u * row(decay.M)[..., None]).mT @ write.delta
+    return out, buffer
+
+
+ACTIVATIONS = {
+    "gelu": lambda z: jax.nn.gelu(z, approximate=True),
+    "silu": jax.nn.silu,
+}
+
+
+class Trace(NamedTuple):
+    """Layer inputs and errors of an MLP memory at the chunk-start weights, first layer first."""
+
+    inputs: tuple[Float[Array, "*n c _i"], ...]
+    errors: tuple[Float[Array, "*n c _o"], ...]
+
+
+Normalise = Callable[[Array], Array] | None
+
+
+def mlp(
+    weights: Sequence[Float[Array, "*n _i _o"]],
+    z: Float[Array, "*n c i"],
+    activation: Callable[[Array], Array],
+    residual: bool = True,
+    normalise: Normalise = None,
+) -> Float[Array, "*n c o"]:
+    """Reads ``z + normalise(act(z W_1) ... W_L)``."""
+    hidden = z @ weights[0]
+    for weight in weights[1:]:
+        hidden = activation(hidden) @ weight
+    hidden = hidden if normalise is None else normalise(hidden)
+    return z + hidden if residual else hidden
+
+
+def backward(
+    weights: Sequence[Float[Array, "*n _i _o"]],
+    key: Float[Array, "*n c k"],
+    value: Float[Array, "*n c v"],
+    activation: Callable[[Array], Array],
+    residual: bool = True,
+    normalise: Normalise = None,
+) -> Trace:
+    """Backpropagates 1/2||M(key) - value||^2: layer l has the gradient input_l error_l^T."""
+    inputs, pulls, hidden = [key], [], key @ weights[0]
+    for weight in weights[1:]:
+        out, pull = jax.vjp(activation, hidden)
+        inputs.append(out)
+        pulls.append(pull)
+        hidden = out @ weight
+    if normalise is None:
+        error = hidden + key - value if residual else hidden - value
+    else:
+        out, pull = jax.vjp(normalise, hidden)
+        (error,) = pull(out + key - value if residual else out - value)
+    errors = [error]
+    for weight, pull in zip(weights[:0:-1], pulls[::-1], strict=True):
+        (error,) = pull(error @ weight.mT)
+        errors.append(error)
+    return Trace(tuple(inputs), tuple(errors[::-1]))
+
+
+def unit(z: Float[Array, "*n i"]) -> Float[Array, "*n i"]:
+    """Scales vectors to length 1; a zero vector stays zero and has a zero gradient."""
+    square = jnp.sum(z * z, -1, keepdims=True)
+    return jnp.where(square > 0, z * jax.lax.rsqrt(jnp.where(square > 0, square, 1.0)), 0.0)
+
+
+def clip_error(
+    u: Float[Array, "*n c i"], delta: Float[Array, "*n c o"], clip: float | None
+) -> Float[Array, "*n c o"]:
+    """Scales errors so that each token's gradient ``u delta^T`` has Frobenius norm <= clip."""
+    if clip is None:
+        return delta
+    square = jnp.sum(u * u, -1, keepdims=True) * jnp.sum(delta * delta, -1, keepdims=True)
+    large = square > clip * clip
+    return delta * jnp.where(large, clip * jax.lax.rsqrt(jnp.where(large, square, 1.0)), 1.0)
+
+
+def bound_norm(weights: Float[Array, "*n i o"], bound: float | None) -> Float[Array, "*n i o"]:
+    """Scales weight matrices of Frobenius norm > bound back to it."""
+    if bound is None:
+        return weights
+    square = jnp.sum(weights * weights, (-2, -1), keepdims=True)
+    large = square > bound * bound
+    return weights * jnp.where(large, bound * jax.lax.rsqrt(jnp.where(large, square, 1.0)), 1.0)
+
+
+def soft_unit(z: Float[Array, "*n f"]) -> Float[Array, "*n f"]:
+    """Shortens vectors below length 1: ``z / sqrt(|z|^2 + 1/4)``, smooth everywhere."""
+    return z * jax.lax.rsqrt(jnp.sum(z * z, -1, keepdims=True) + 0.25)
+
+
+def layer_norm(z: Float[Array, "*n v"]) -> Float[Array, "*n v"]:
+    """Normalises to mean 0 and variance 1 over the last axis, without scale and shift."""
+    centred = z - jnp.mean(z, -1, keepdims=True)
+    return centred * jax.lax.rsqrt(jnp.mean(centred * centred, -1, keepdims=True) + 1e-6)
