@@ -1,1 +1,14 @@
-"""nlx."""
+# SPDX-License-Identifier: Apache-2.0
+"""nlx: models and optimizers as nested levels of memory, each on its own clock."""
+
+from nlx import memories as memories
+from nlx import objectives as objectives
+from nlx import writes as writes
+from nlx.clock import Clock as Clock
+from nlx.level import Association as Association
+from nlx.level import Level as Level
+from nlx.level import LevelState as LevelState
+from nlx.level import associative_memory as associative_memory
+from nlx.nest import Nest as Nest
+from nlx.nest import as_level as as_level
+from nlx.writes import Write as Write
