@@ -8,10 +8,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.scipy.linalg import solve_triangular
 from jaxtyping import Array, Bool, Float
 
 from nlx_kernels._checks import resets
+from nlx_kernels._solve import unit_lower_inverse
 
 
 class Tokens(NamedTuple):
@@ -79,7 +79,7 @@ def _prepare(tokens: Tokens, read: str) -> Block:
     before0 = jnp.where(kept, _shift(lasting0[..., None], 1)[..., 0], 0)
     system = erase[..., None] * before * (k @ k.mT)
     right = jnp.concatenate([rate[..., None] * v, (erase * before0)[..., None] * k], -1)
-    solved = solve_triangular(system, right, lower=True, unit_diagonal=True)
+    solved = unit_lower_inverse(system) @ right
     decay, decay0 = (lasting, lasting0) if read == "after_write" else (before, before0)
     return Block(
         written=solved[..., : v.shape[-1]],

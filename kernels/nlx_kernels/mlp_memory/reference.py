@@ -2,6 +2,7 @@
 """mlp_memory token by token: the specification, and the oracle of the other forms."""
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +23,7 @@ def mlp_memory(
     tokens = (q, k, v, rate, retain, momentum, erase)
     tokens = jax.tree.map(lambda x: jnp.moveaxis(x, 2, 1).astype(rate.dtype), tokens)
 
-    def one(tokens, reset, position, start, leaves):
+    def one(tokens, reset, position, start, leaves) -> Any:
         token = partial(_token, memory, start, chunk_size, read)
         (position, *leaves), y = jax.lax.scan(token, (position, *leaves), (tokens, reset))
         return y, position, leaves

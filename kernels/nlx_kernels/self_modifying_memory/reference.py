@@ -2,6 +2,7 @@
 """self_modifying_memory token by token: the specification, and the oracle of the other forms."""
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +24,7 @@ def self_modifying_memory(
     dtype = parameters.retain_bias.dtype
     tokens = jax.tree.map(lambda x: jnp.moveaxis(x, 2, 1).astype(dtype), (x, q, momentum))
 
-    def one(tokens, reset, position, parameters, leaves):
+    def one(tokens, reset, position, parameters, leaves) -> Any:
         token = partial(
             _token, parameters, periods, ACTIVATIONS[activation], read, erase, clip, bound
         )
