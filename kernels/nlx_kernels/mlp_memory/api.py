@@ -8,10 +8,10 @@ from jaxtyping import Array, Float, Int
 
 from nlx_kernels._checks import Checker
 from nlx_kernels._dispatch import Implementation, choose
-from nlx_kernels.mlp_memory import reference
+from nlx_kernels.mlp_memory import reference, xla
 from nlx_kernels.mlp_memory.state import MLPMemoryState
 
-OFFERED = {"reference": reference.mlp_memory}
+OFFERED = {"xla": xla.mlp_memory, "reference": reference.mlp_memory}
 MAX_DEPTH = 4
 
 

@@ -8,14 +8,14 @@ from jaxtyping import Array, Float, Int
 
 from nlx_kernels._checks import Checker
 from nlx_kernels._dispatch import Implementation, choose
-from nlx_kernels.self_modifying_memory import reference
+from nlx_kernels.self_modifying_memory import reference, xla
 from nlx_kernels.self_modifying_memory.state import (
     SelfModifyingParameters,
     SelfModifyingState,
     Streams,
 )
 
-OFFERED = {"reference": reference.self_modifying_memory}
+OFFERED = {"xla": xla.self_modifying_memory, "reference": reference.self_modifying_memory}
 BOXES = ("key", "value", "rate", "retain", "memory")
 
 
