@@ -1,0 +1,22 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Flax NNX modules over the pure functions: mixers, feed-forwards, blocks, language models.
+
+Every mixer and feed-forward is ``(x [b, t, d], state, segment_ids) -> (y, state)``. One code path
+trains, reads a prompt and decodes: whole == chunked == token by token.
+"""
+
+from nlx.nn.attention import Attention as Attention
+from nlx.nn.attention import AttentionState as AttentionState
+from nlx.nn.block import Block as Block
+from nlx.nn.block import BlockState as BlockState
+from nlx.nn.cms import CMS as CMS
+from nlx.nn.feedforward import MLP as MLP
+from nlx.nn.feedforward import SwiGLU as SwiGLU
+from nlx.nn.model import LanguageModel as LanguageModel
+from nlx.nn.model import clocks_by_level as clocks_by_level
+from nlx.nn.model import labels_by_level as labels_by_level
+from nlx.nn.model import parameter_count as parameter_count
+from nlx.nn.norm import RMSNorm as RMSNorm
+from nlx.nn.presets import PRESETS as PRESETS
+from nlx.nn.presets import ModelConfig as ModelConfig
+from nlx.nn.presets import preset as preset

@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Language models: tokens and a state in, scores of the next token and a state out."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int, PyTree
+
+from nlx.clock import Clock
+from nlx.nn.attention import Attention
+from nlx.nn.block import Block, BlockState
+from nlx.nn.cms import CMS
+from nlx.nn.feedforward import MLP, SwiGLU
+from nlx.nn.linear import Embedding, Linear
+from nlx.nn.norm import RMSNorm
+from nlx.nn.presets import ModelConfig
+
+ModelState = tuple[BlockState, ...]
+
+
+class LanguageModel(nnx.Module):
+    """Embedding, blocks, a last norm, a read-out; one code path trains, prefills and decodes.
+
+    Parameters are float32, or float64 where it was enabled when the model was made.
+    """
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        """config: what it is made of; see `preset`. rngs: `nnx.Rngs(seed)`."""
+        self.config = config
+        self.embedding = Embedding(config.vocabulary, config.width, rngs=rngs)
+        self.blocks = nnx.List([_block(config, rngs) for _ in range(config.layers)])
+        self.norm = RMSNorm(config.width)
+        self.readout = (
+            None
+            if config.tied
+            else Linear(config.width, config.vocabulary, ("embed", "vocabulary"), rngs=rngs)
+        )
+
+    def init_state(self, batch: int, capacity: int | None = None) -> ModelState:
+        """The state before the first token: of constant size, a row per user.
+
+        batch: rows, >= 1. capacity: tokens that attention's caches hold, >= 1; None: the
+        configuration's `context`. Without attention it changes nothing.
+        """
+        capacity = self.config.context if capacity is None else capacity
+        return tuple(block.init_state(batch, capacity, self._dtype()) for block in self.blocks)
+
+    def __call__(
+        self,
+        tokens: Int[Array, "b t"],
+        state: ModelState | None = None,
+        segment_ids: Int[Array, "b t"] | None = None,
+    ) -> tuple[Float[Array, "b t s"], ModelState]:
+        """Args:
+          tokens: integers in [0, vocabulary).
+          state: as `init_state` or an earlier call returned; None: nothing came before. Then
+            attention builds no cache, so what is returned can't be gone on from.
+          segment_ids: where they differ from the previous token's, everything starts anew. The
+            first token goes on from the state.
+
+        Returns:
+          Scores of the token after each (log-probabilities up to a constant), at least float32,
+          and the state after the last.
+
+        Raises:
+          ValueError, TypeError: one sentence, before anything is compiled.
+        """
+        self._check(tokens, state, segment_ids)
+        x = self.embedding(tokens).astype(self._dtype())
+        states = (None,) * len(self.blocks) if state is None else state
+        after = []
+        for block, before in zip(self.blocks, states, strict=True):
+            x, block_state = block(x, before, segment_ids)
+            after.append(block_state)
+        x = self.norm(x)
+        scores = self.embedding.scores(x) if self.readout is None else self.readout(x)
+        return scores.astype(jnp.promote_types(jnp.float32, scores.dtype)), tuple(after)
+
+    def _dtype(self):
+        return jnp.bfloat16 if self.config.bfloat16 else self.embedding.table.dtype
+
+    def _check(self, tokens, state, segment_ids) -> None:
+        for name, value in (("tokens", tokens), ("segment_ids", segment_ids)):
+            if value is None and name == "segment_ids":
+                continue
+            if not (hasattr(value, "dtype") and jnp.issubdtype(value.dtype, jnp.integer)):
+                kind = getattr(value, "dtype", type(value).__name__)
+                raise TypeError(f"`{name}` is of type {kind}; it must be an array of integers.")
+            if value.ndim != 2 or 0 in value.shape or value.shape != tokens.shape:
+                must = "[b, t], neither empty" if name == "tokens" else f"{tokens.shape}, as tokens"
+                raise ValueError(f"`{name}` has shape {value.shape}; it must be {must}.")
+        if state is None:
+            return
+        rows = {leaf.shape[0] for leaf in jax.tree.leaves(state)}
+        if len(state) != len(self.blocks) or rows != {len(tokens)}:
+            raise ValueError(
+                f"`state` is of {len(state)} blocks and {rows} rows; it must be of "
+                f"{len(self.blocks)} blocks and {len(tokens)} rows, as tokens."
+            )
+
+
+def _block(config: ModelConfig, rngs: nnx.Rngs) -> Block:
+    mixer = _mixer(config, rngs)
+    clocks = [Clock(None)]
+    if config.feed_forward == "cms":
+        clocks = [Clock(period) for period in config.cms_periods]
+    mlp = MLP if config.feed_forward == "cms" else SwiGLU
+    feed_forward = CMS(config.width, config.hidden, clocks, mlp=mlp, rngs=rngs)
+    return Block(config.width, mixer, feed_forward)
+
+
+def _mixer(config: ModelConfig, rngs: nnx.Rngs) -> Any:
+    return Attention(config.width, heads=config.heads, kv_heads=config.kv_heads, rngs=rngs)
+
+
+def labels_by_level(model: nnx.Module) -> PyTree[str]:
+    """The level of every parameter, in the structure of `nnx.split(model)[1]`.
+
+    "cms_<l>" for the blocks of a continuum memory system that have a clock of their own, l = 0 the
+    fastest, and "outer" for all else: for `optax.partition`.
+    """
+    levels = {path + ("levels", n): f"cms_{n}" for path, n, _ in _clocked(model)}
+
+    def label(path, variable):
+        own = [name for start, name in levels.items() if path[: len(start)] == start]
+        return variable.replace(own[0] if own else "outer")
+
+    return nnx.map_state(label, nnx.state(model, nnx.Param))
+
+
+def clocks_by_level(model: nnx.Module) -> dict[str, Clock]:
+    """The clock of every label of `labels_by_level`, in steps of the optimizer."""
+    return {"outer": Clock(1)} | {f"cms_{n}": clock for _, n, clock in _clocked(model)}
+
+
+def parameter_count(model: nnx.Module) -> int:
+    """How many numbers the model learns."""
+    return sum(p.size for p in jax.tree.leaves(nnx.state(model, nnx.Param)))
+
+
+def _clocked(model):
+    """(path, index, clock) of every block of a continuum memory system with a clock of its own."""
+    return [
+        (path, n, level.clock)
+        for path, module in nnx.iter_modules(model)
+        if isinstance(module, CMS)
+        for n, level in enumerate(module.levels)
+        if level.clock.period is not None
+    ]

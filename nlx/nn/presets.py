@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a language model is made of, and the named ones."""
+
+import dataclasses
+import difflib
+from typing import Any, Literal, get_args
+
+Mixer = Literal["attention", "self_modifying"]
+FeedForward = Literal["swiglu", "cms"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """A language model: mixer x feed-forward, and its sizes."""
+
+    mixer: Mixer
+    """What mixes tokens."""
+    feed_forward: FeedForward
+    """What follows it."""
+    vocabulary: int = 256
+    """Number of tokens; 256 for bytes."""
+    width: int
+    """Channels."""
+    layers: int
+    """Blocks, each a mixer and a feed-forward."""
+    heads: int
+    """Heads of the mixer, each of width / heads channels."""
+    kv_heads: int | None = None
+    """Key and value heads of attention; None: as many as heads."""
+    hidden: int
+    """Hidden units of the SwiGLU, or of each block of the continuum memory system."""
+    cms_periods: tuple[int, ...] = (1,)
+    """Optimizer steps from one update of a block to the next, fast to slow; one block each."""
+    memory_hidden: int = 32
+    """Hidden units of each of Hope's memories."""
+    chunk_size: int = 32
+    """Tokens between two moments at which Hope's memory takes over what it wrote."""
+    projection_chunk_size: int = 64
+    """The same of its memories that make keys, values, rates and retention."""
+    read: Literal["after_write", "chunk_start"] = "after_write"
+    """Read the memory after the token's own write, or as it was at the chunk's start."""
+    momentum: bool = True
+    """Whether Hope's writes carry momentum."""
+    erase: bool = True
+    """Whether Hope's writes erase along the key (delta gradient descent)."""
+    adaptive_query: bool = False
+    """Whether a memory makes the queries too."""
+    tied: bool = False
+    """Whether the read-out shares the embedding's table."""
+    context: int = 1024
+    """Tokens that an attention cache holds unless it is told otherwise."""
+    bfloat16: bool = False
+    """Compute activations in bfloat16; parameters, gates, states and sums stay at least float32."""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError, a sentence that names the field, for a value out of range."""
+        for field in dataclasses.fields(self):
+            _check(field.name, getattr(self, field.name), field.type)
+        if self.width % self.heads:
+            raise ValueError(
+                f"`heads` is {self.heads}; it must be a divisor of width = {self.width}."
+            )
+        if list(self.cms_periods) != sorted(self.cms_periods) or not self.cms_periods:
+            raise ValueError(
+                f"`cms_periods` is {self.cms_periods}; it must be one or more integers >= 1, "
+                "fast to slow."
+            )
+
+
+def preset(name: str) -> ModelConfig:
+    """The configuration named `<architecture>-<size>`, such as "hope-tiny".
+
+    Raises ValueError for an unknown name, with the nearest known one.
+    """
+    if name not in PRESETS:
+        nearest = difflib.get_close_matches(str(name), PRESETS, n=1, cutoff=0)[0]
+        raise ValueError(
+            f"`preset` is {name!r}; did you mean {nearest!r}? Known are {', '.join(PRESETS)}."
+        )
+    return PRESETS[name]
+
+
+def _check(name: str, value: Any, kind: Any) -> None:
+    """One field against its annotation."""
+    whole = lambda v: isinstance(v, int) and not isinstance(v, bool) and v >= 1
+    if kind is bool:
+        holds, must = isinstance(value, bool), "True or False"
+    elif kind is int or kind == int | None:
+        holds, must = whole(value) or (kind is not int and value is None), "an integer >= 1"
+    elif name == "cms_periods":
+        holds = isinstance(value, tuple) and all(map(whole, value))
+        must = "one or more integers >= 1, fast to slow"
+    else:
+        holds, must = value in get_args(kind), f"one of {', '.join(get_args(kind))}"
+    if not holds:
+        raise ValueError(f"`{name}` is {value!r}; it must be {must}.")
+
+
+_TRANSFORMER: dict[str, Any] = dict(mixer="attention", feed_forward="swiglu")
+
+PRESETS: dict[str, ModelConfig] = {
+    "transformer++-tiny": ModelConfig(**_TRANSFORMER, width=128, layers=2, heads=4, hidden=536),
+    "transformer++-small": ModelConfig(**_TRANSFORMER, width=384, layers=6, heads=6, hidden=1920),
+}
