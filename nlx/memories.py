@@ -36,7 +36,7 @@ def constant(like: PyTree) -> Memory:
 
     def init(key):
         del key
-        return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), like)
+        return jax.tree.map(jnp.zeros_like, like)
 
     def read(params, key):
         del key

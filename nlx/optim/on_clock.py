@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Clocks for optax rules: parameters that move once every so many steps."""
+
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int, PyTree
+
+from nlx import writes
+from nlx.clock import Clock
+from nlx.level import Level, LevelState
+from nlx.optim.level import increment
+from nlx.writes import Pending
+
+
+class OnClockState(NamedTuple):
+    """State of `on_clock`."""
+
+    tick: Int[Array, ""]  # gradients seen
+    pending: Pending  # gradients since the last firing, and the state of the rule
+
+
+def on_clock(
+    rule: optax.GradientTransformation, clock: Clock, reduce: Literal["mean", "sum"] = "mean"
+) -> optax.GradientTransformationExtraArgs:
+    """Gives a rule the gradients of a whole period at once: parameters with a clock of their own.
+
+    update_t = rule(reduce_{s in (last firing, t]} u_s) where the clock fires after tick t, else 0
+
+    rule: any optax transformation; on a firing it sees the parameters and extra arguments of that
+        step, between firings its state doesn't move.
+    clock: in ticks of one `update` call; Clock(None) gives zeros for ever.
+    reduce: "mean", as `optax.MultiSteps`, or "sum". Gradients are collected in at least float32.
+
+    It is the level of a parameter under the task's loss with a summed write. Raises ValueError for
+    any other `reduce`.
+    Source: Behrouz et al. (2025), Nested Learning, eq. 71 (there the sum).
+    """
+    writes.summed(rule, reduce)
+    if clock.period is None:
+        return optax.with_extra_args_support(optax.set_to_zero())
+    rule = optax.with_extra_args_support(rule)
+
+    def level(weights, extra_args):
+        """The step taken since the last tick, as a level: its loss is the task's, linearised."""
+
+        def update(updates, state, params=None):
+            del params
+            return rule.update(updates, state, weights, **extra_args)
+
+        write = writes.summed(optax.GradientTransformation(rule.init, update), reduce)
+        return Level(optax.tree.zeros_like, _inner_product, write, clock)
+
+    def init_fn(params):
+        return OnClockState(jnp.zeros((), jnp.int32), writes.summed(rule, reduce).init(params))
+
+    def update_fn(updates, state: Any, params=None, **extra_args):
+        tick = 0 if clock.period == 1 else state.tick
+        still = LevelState(optax.tree.zeros_like(updates), state.pending, tick)
+        moved = level(params, extra_args).step(still, updates)
+        return moved.params, OnClockState(increment(state.tick), moved.carry)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _inner_product(step: PyTree[Array], gradient: PyTree[Array]) -> Float[Array, ""]:
+    products = jax.tree.map(lambda s, g: jnp.sum(s * g), step, gradient)
+    return sum(jax.tree.leaves(products), jnp.zeros(()))
