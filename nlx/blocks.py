@@ -3,10 +3,12 @@
 
 A block ends where some clock fires, so inside it every visible parameter is frozen: the outputs
 and gradients of all its ticks are taken in parallel, and carries advance in closed form or by a
-short loop. `scan` lays the blocks: as loops nested slowest outermost where the periods divide each
-other and the tick is a Python integer, else as masked blocks whose number is bounded at trace time.
+short loop. Outer gradients rematerialise each block from its start. `scan` lays the blocks: as
+loops nested slowest outermost where the periods divide each other and the tick is a Python integer,
+else as masked blocks whose number is bounded at trace time.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -217,7 +219,15 @@ def _fire(wiring: Wiring, names, firing, params: dict, carries: dict) -> tuple[d
 
 
 def _block(wiring: Wiring, params: dict, carries: dict, contexts, mask) -> tuple[dict, Any]:
-    """The ticks of one block that `mask` selects (None: all), before any firing."""
+    """The ticks of one block that `mask` selects (None: all), before any firing.
+
+    Rematerialised: what is saved for outer gradients is the block's start, not its inside.
+    """
+    inside = functools.partial(_inside, wiring)
+    return jax.checkpoint(inside, prevent_cse=False)(params, carries, contexts, mask)
+
+
+def _inside(wiring: Wiring, params: dict, carries: dict, contexts, mask) -> tuple[dict, Any]:
     outputs, own = jax.vmap(wiring.forward, (None, 0))(params, contexts)
     check_contexts(wiring, own)
     learning = wiring.own() + wiring.shared()
@@ -280,8 +290,16 @@ def _pulls(wiring: Wiring, names: list[str], params: dict, contexts, own) -> dic
 
 
 def _pull(losses: Callable, params, contexts) -> Callable:
+    """One backward pass per weights; levels that pull with one and the same array share it."""
     values, vjp = jax.vjp(lambda p: losses(p, contexts), params)
-    return lambda weights: vjp(weights.astype(values.dtype))[0]
+    passes = {}
+
+    def pull(weights):
+        if id(weights) not in passes:
+            passes[id(weights)] = weights, vjp(weights.astype(values.dtype))[0]
+        return passes[id(weights)][1]
+
+    return pull
 
 
 def _gradients(wiring: Wiring, names: list[str], params: dict, contexts, own) -> dict:

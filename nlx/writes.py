@@ -57,7 +57,9 @@ def summed(rule: optax.GradientTransformation, reduce: Literal["mean", "sum"] = 
         raise ValueError(f'`reduce` must be "mean" or "sum", got {reduce!r}.')
 
     def init(params):
-        zeros = jax.tree.map(jnp.zeros_like, _wide(params))
+        zeros = jax.tree.map(
+            lambda p: jnp.zeros_like(p, dtype=jnp.promote_types(p.dtype, jnp.float32)), params
+        )
         return Pending(zeros, jnp.zeros((), jnp.int32), rule.init(params))
 
     def tick(params, carry: Pending, gradient, context):
@@ -67,8 +69,7 @@ def summed(rule: optax.GradientTransformation, reduce: Literal["mean", "sum"] = 
 
     def block(params, carry: Pending, pull, contexts, mask: Bool[Array, " t"]):
         del params, contexts
-        gradient = pull(jnp.where(mask, 1.0, 0.0))
-        total = jax.tree.map(lambda t, g: t + g.astype(t.dtype), carry.total, gradient)
+        total = jax.tree.map(lambda t, g: t + g.astype(t.dtype), carry.total, pull(mask))
         return carry._replace(total=total, ticks=carry.ticks + jnp.sum(mask, dtype=jnp.int32))
 
     def fire(params, carry: Pending):
@@ -211,7 +212,11 @@ def _limit(x: Float[Array, "..."], limit: float | None) -> Float[Array, "..."]:
 
 def _wide(params: PyTree[Array]) -> PyTree[Array]:
     """Parameters in at least float32: in bfloat16 a retain of 0.9985 is 1 and forgets nothing."""
-    return jax.tree.map(lambda p: jnp.array(p, jnp.promote_types(p.dtype, jnp.float32)), params)
+    return jax.tree.map(lambda p: jnp.array(p, _wide_dtype(p)), params)
+
+
+def _wide_dtype(x: Array) -> jnp.dtype:
+    return jnp.promote_types(x.dtype, jnp.float32)
 
 
 def _like(tree: Any, like: Any) -> Any:
