@@ -226,7 +226,8 @@ def batches(dataset: grain.MapDataset, position: dict | None = None) -> grain.Da
 def seen(dataset: grain.MapDataset, length: int, steps: int) -> list[tuple[int, int]]:
     """The stretches `[start, stop)` of the stream that the first `steps` batches showed, once
     each and in order, neighbours joined."""
-    numbers = np.unique(np.concatenate([dataset[i]["window"] for i in range(steps)]))
+    shown: list[Any] = [dataset[i] for i in range(steps)]
+    numbers = np.unique(np.concatenate([batch["window"] for batch in shown]))
     breaks = np.flatnonzero(np.diff(numbers) > 1) + 1
     return [
         (int(run[0]) * length, (int(run[-1]) + 1) * length + 1) for run in np.split(numbers, breaks)

@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a person sees while it learns, and how they stop it."""
+
+import signal
+import sys
+from collections.abc import Mapping
+from types import FrameType
+from typing import Any, Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+
+def say(sentence: str) -> None:
+    """Prints one line, at once."""
+    print(sentence, flush=True)
+
+
+class Display(Protocol):
+    """Shows one logged step; a context manager."""
+
+    def __enter__(self) -> "Display":
+        """Starts showing."""
+        ...
+
+    def __exit__(self, *error: Any) -> None:
+        """Stops showing."""
+        ...
+
+    def show(self, step: int, bits: float, speed: float, updates: Mapping[str, float]) -> None:
+        """After `step` steps: training bits per byte, tokens/s, update norm of each level."""
+        ...
+
+
+def display(name: str, steps: int, done: int) -> Display:
+    """A progress bar on a terminal, plain lines elsewhere."""
+    return Bar(name, steps, done) if sys.stdout.isatty() else Lines(name, steps)
+
+
+class Lines:
+    """One plain line for each logged step."""
+
+    def __init__(self, name: str, steps: int):
+        """Of the run called `name`, which ends after `steps`."""
+        self.name, self.steps = name, steps
+
+    def __enter__(self) -> "Lines":
+        """Returns itself."""
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        """Nothing to clear."""
+
+    def show(self, step: int, bits: float, speed: float, updates: Mapping[str, float]) -> None:
+        """Prints the line."""
+        say(f"{self.name}  step {step}/{self.steps}  {_summary(bits, speed, updates)}")
+
+
+class Bar:
+    """A progress bar with the same numbers."""
+
+    def __init__(self, name: str, steps: int, done: int):
+        """Of the run called `name`, which ends after `steps` and has `done` behind it."""
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[summary]}"),
+            console=Console(),
+        )
+        self.task = self.progress.add_task(name, total=steps, completed=done, summary="compiling")
+
+    def __enter__(self) -> "Bar":
+        """Draws the bar."""
+        self.progress.start()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        """Leaves the bar as it is."""
+        self.progress.stop()
+
+    def show(self, step: int, bits: float, speed: float, updates: Mapping[str, float]) -> None:
+        """Moves the bar."""
+        self.progress.update(self.task, completed=step, summary=_summary(bits, speed, updates))
+
+
+def _summary(bits: float, speed: float, updates: Mapping[str, float]) -> str:
+    levels = "  ".join(f"{name} {norm:.1e}" for name, norm in updates.items())
+    return f"{bits:.3f} bits/byte  {speed:,.0f} tokens/s  updates: {levels}"
+
+
+class StopRequest:
+    """Turns the first SIGINT or SIGTERM into a flag, and a second one into KeyboardInterrupt."""
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+    def __init__(self) -> None:
+        """No request so far."""
+        self.received: signal.Signals | None = None
+
+    def __enter__(self) -> "StopRequest":
+        """Takes the signals over."""
+        self.before = {s: signal.signal(s, self._receive) for s in self.SIGNALS}
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        """Gives them back."""
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        if self.received is not None:
+            raise KeyboardInterrupt
+        self.received = signal.Signals(number)
+        say(f"{self.received.name}: saving after this step, then leaving; once more to leave now.")

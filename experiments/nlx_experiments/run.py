@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The `nlx` command.
+
+    nlx train PRESET [--data PATH ...] [--run DIR] [--steps N] [--field value]
+    nlx generate RUN --prompt TEXT
+    nlx inspect PRESET|RUN
+    nlx run EXPERIMENT
+
+Bad input gets one sentence and exit code 2; a run stopped by SIGINT or SIGTERM is saved and exits
+with 130 or 143, as shells and schedulers expect; what was printed before stays true.
+"""
+
+import contextlib
+import difflib
+import io
+import os
+import pathlib
+import re
+import signal
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import tyro
+
+from nlx_experiments.errors import Refused, Stopped, as_sentence
+
+T = TypeVar("T")
+Command = Callable[[list[str]], None]
+
+
+def train(argv: list[str]) -> None:
+    """Trains a preset, or goes on where it was stopped."""
+    from nlx_experiments import config, loop
+
+    name = _first(argv, "train", "PRESET", default="hope-tiny")
+    default = config.make(name)
+    loop.train(_parse(config.TrainConfig, argv[1:], f"nlx train {name}", default))
+
+
+def generate(argv: list[str]) -> None:
+    """Continues a prompt with a trained run."""
+    from nlx_experiments import generate as generation
+
+    generation.main(_parse(generation.Generate, argv, "nlx generate"))
+
+
+def inspect(argv: list[str]) -> None:
+    """Prints the levels of a preset or a run."""
+    import nlx
+    from nlx_experiments import config, learner
+
+    name = _first(argv, "inspect", "PRESET or RUN")
+    is_run = (pathlib.Path(name) / "config.json").exists()
+    chosen = config.of_run(pathlib.Path(name)) if is_run else config.make(name)
+    print(nlx.inspect.table(nlx.inspect.levels(learner.build(chosen))))
+
+
+def experiment(argv: list[str]) -> None:
+    """Runs a named experiment."""
+    from nlx_experiments import demo, demo_check
+
+    experiments = {
+        "demo": (demo.Demo, demo.main),
+        "demo-check": (demo_check.DemoCheck, demo_check.main),
+    }
+    name = _first(argv, "run", "EXPERIMENT", default="demo")
+    if name not in experiments:
+        raise Refused(_unknown("experiment", name, experiments))
+    options, main = experiments[name]
+    main(_parse(options, argv[1:], f"nlx run {name}"))
+
+
+COMMANDS: Mapping[str, Command] = {
+    "train": train,
+    "generate": generate,
+    "inspect": inspect,
+    "run": experiment,
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command; returns its exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        if not argv or argv[0] in ("-h", "--help"):
+            print(_usage())
+        elif argv[0] not in COMMANDS:
+            raise Refused(_unknown("command", argv[0], COMMANDS))
+        else:
+            COMMANDS[argv[0]](argv[1:])
+    except Refused as error:
+        print(f"nlx: {error}", file=sys.stderr)
+        return 2
+    except Stopped as stopped:
+        print(stopped, flush=True)
+        return 128 + stopped.signal
+    except KeyboardInterrupt:
+        print("nlx: stopped.", file=sys.stderr)
+        return 128 + signal.SIGINT
+    except BrokenPipeError:  # whoever read us has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+def _usage() -> str:
+    lines = [f"  nlx {name:10s}{command.__doc__}" for name, command in COMMANDS.items()]
+    return "\n".join(["usage: nlx COMMAND ... ; nlx COMMAND --help says more", *lines])
+
+
+def _first(argv: list[str], command: str, what: str, default: str | None = None) -> str:
+    """The word after the command; `default` stands in for it only to print a help text."""
+    if argv and not argv[0].startswith("-"):
+        return argv[0]
+    if default is not None and argv and argv[0] in ("-h", "--help"):
+        argv.insert(0, default)
+        return default
+    raise Refused(f"`nlx {command}` needs a name first: nlx {command} {what}.")
+
+
+def _unknown(kind: str, name: str, known: Mapping[str, Any]) -> str:
+    near = difflib.get_close_matches(name, known, 1)
+    meant = f" Did you mean {near[0]}?" if near else ""
+    return f"there is no {kind} {name!r}; there are {', '.join(known)}.{meant}"
+
+
+def _parse(kind: type[T], argv: list[str], prog: str, default: T | None = None) -> T:
+    """The dataclass that the flags describe; what does not fit becomes one sentence."""
+    said = io.StringIO()
+    keywords: dict[str, Any] = {} if default is None else {"default": default}
+    try:
+        with contextlib.redirect_stderr(said), as_sentence():
+            return tyro.cli(kind, args=argv, prog=prog, **keywords)
+    except SystemExit as leaving:
+        if not leaving.code:
+            raise
+        raise Refused(_plain(said.getvalue())) from None
+
+
+def _plain(box: str) -> str:
+    """The words inside the frame that tyro draws around its messages."""
+    words = re.sub(r"[\u2500-\u257f]+", " ", re.sub(r"\x1b\[[0-9;]*m", "", box))
+    words = re.split(r"(?:Argument|For full) helptext", " ".join(words.split()))[0]
+    titles = "Value error|Invalid choice|Unrecognized options|Missing argument|Parsing error"
+    return re.sub(rf"^(?:{titles}) (?:Error parsing [A-Z]\w*: )?", "", words).strip()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

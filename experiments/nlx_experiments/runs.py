@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The folder of a run: its configuration, environment, metrics, and who may write there.
+
+config.json        the resolved configuration     corpus.json    the files trained on and held out
+environment.json   versions, device, revision     checkpoints/   see `checkpoints`
+metrics.jsonl      one line a step; a function of the configuration alone, so that a run that
+                   was stopped and resumed leaves the same bytes as one that was not
+speed.jsonl        what depends on the machine    result.json    what the finished run reached
+"""
+
+import fcntl
+import json
+import os
+import pathlib
+import platform
+import subprocess
+from collections.abc import Callable, Iterable, Mapping
+from importlib import metadata
+from typing import Any, TextIO
+
+import jax
+
+from nlx_experiments.errors import Refused
+
+# What may differ when a run goes on: it changes nothing that is learned.
+FREE = ("run", "save_every", "keep")
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+
+
+class Run:
+    """An open run folder, locked against a second writer."""
+
+    def __init__(self, folder: pathlib.Path):
+        """Creates and locks `folder`.
+
+        Raises:
+          Refused: it cannot be written, or another process is at work there.
+        """
+        self.folder = folder
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._lock = open(folder / ".lock", "w")  # noqa: SIM115
+        except OSError as error:
+            raise Refused(
+                f"`run` is {folder}, which cannot be written ({error.strerror}); "
+                "it must be a folder that can be created and written."
+            ) from error
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self._lock.close()
+            raise Refused(f"`run` is {folder}, where another process is training.") from error
+        self._streams: list[TextIO] = []
+
+    def __enter__(self) -> "Run":
+        """Returns itself."""
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        """Closes its files and gives the lock back."""
+        for stream in (*self._streams, self._lock):
+            stream.close()
+
+    def agree(self, name: str, value: Mapping[str, Any]) -> None:
+        """Writes `name`.json, or checks that it says the same where it must.
+
+        Raises:
+          Refused: the folder belongs to a run of another configuration or corpus.
+        """
+        before = self.read(name)
+        if before is None:
+            self.write(name, value)
+            return
+        then, now = _flat(before), _flat(json.loads(json.dumps(value)))
+        for key in {**then, **now}:
+            if then.get(key) != now.get(key) and key not in FREE:
+                raise Refused(
+                    f"`{key}` is {now.get(key)!r}, but {self.folder} was begun with "
+                    f"{then.get(key)!r}; give that run its old values, or this one another "
+                    "`--run` folder."
+                )
+
+    def read(self, name: str) -> Any:
+        """The content of `name`.json, or None."""
+        return read_json(self.folder / f"{name}.json")
+
+    def write(self, name: str, value: Any) -> None:
+        """Writes `name`.json, whole or not at all."""
+        write_json(self.folder / f"{name}.json", value)
+
+    def stream(self, name: str, upto: int) -> TextIO:
+        """Opens `name`.jsonl to append, cut back to the lines of steps up to `upto`."""
+        path = self.folder / f"{name}.jsonl"
+        kept = "".join(json.dumps(r) + "\n" for r in read_lines(path) if r["step"] <= upto)
+        write_whole(path, kept)
+        stream = open(path, "a", buffering=1)  # noqa: SIM115
+        self._streams.append(stream)
+        return stream
+
+
+def environment() -> dict[str, Any]:
+    """Versions, device, and the revision of the sources if they are in a checkout."""
+    here = pathlib.Path(__file__).parent
+    git = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        revision = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+    except OSError:
+        revision = ""
+    return {
+        "nlx": metadata.version("nlx"),
+        "revision": revision or None,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cores": os.cpu_count(),
+        "devices": [f"{d.platform}: {d.device_kind}" for d in jax.devices()],
+        **{name: metadata.version(name) for name in PACKAGES},
+    }
+
+
+def note_environment(run: Run, say: Callable[[str], None]) -> None:
+    """Writes environment.json; says so when a run goes on in another environment."""
+    now, before = environment(), run.read("environment")
+    changed = [k for k in now if before is not None and before.get(k) != now[k]]
+    if changed:
+        say(
+            f"The environment is no longer that of the first steps ({', '.join(changed)}); "
+            "what follows may differ in the last bits."
+        )
+    if changed or before is None:
+        run.write("environment", now)
+
+
+def read_json(path: pathlib.Path) -> Any:
+    """The content of a JSON file, or None where there is none.
+
+    Raises:
+      Refused: it is damaged.
+    """
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise Refused(f"{path} is damaged: it is not JSON any more ({error}).") from error
+
+
+def read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
+    """The records of a JSONL file, up to a line that a killed process left unfinished."""
+    records = []
+    if path.exists():
+        for line in path.read_text().splitlines():
+            try:
+                records.append(json.loads(line))
+            except ValueError:
+                break
+    return records
+
+
+def append(stream: TextIO, records: Iterable[Mapping[str, Any]]) -> None:
+    """Appends records and hands them to the operating system, which keeps them if we die."""
+    for record in records:
+        stream.write(json.dumps(record) + "\n")
+    stream.flush()
+
+
+def write_json(path: pathlib.Path, value: Any) -> None:
+    """Writes a JSON file, whole or not at all."""
+    write_whole(path, json.dumps(value, indent=1) + "\n")
+
+
+def write_whole(path: pathlib.Path, content: str) -> None:
+    """Writes a file so that it has its old content or the new one, never half of it."""
+    half = path.with_name(path.name + ".half")
+    half.write_text(content)
+    os.replace(half, path)
+
+
+def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested objects as one, with dotted names."""
+    flat: dict[str, Any] = {}
+    for key, inner in value.items():
+        nested = isinstance(inner, dict)
+        flat |= _flat(inner, f"{prefix}{key}.") if nested else {f"{prefix}{key}": inner}
+    return flat
