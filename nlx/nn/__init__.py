@@ -10,8 +10,11 @@ from nlx.nn.attention import AttentionState as AttentionState
 from nlx.nn.block import Block as Block
 from nlx.nn.block import BlockState as BlockState
 from nlx.nn.cms import CMS as CMS
+from nlx.nn.convolution import Convolution as Convolution
 from nlx.nn.feedforward import MLP as MLP
 from nlx.nn.feedforward import SwiGLU as SwiGLU
+from nlx.nn.hope import HopeState as HopeState
+from nlx.nn.hope import SelfModifying as SelfModifying
 from nlx.nn.model import LanguageModel as LanguageModel
 from nlx.nn.model import clocks_by_level as clocks_by_level
 from nlx.nn.model import labels_by_level as labels_by_level

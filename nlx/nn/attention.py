@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Causal softmax attention with rotary positions, grouped queries and a cache."""
 
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int
 
 from nlx.nn.linear import Linear, check_sizes
@@ -146,11 +148,11 @@ def _attend(q, parts):
     ]
     weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1).astype(q.dtype)
     ends = [score.shape[-1] for score in scores][:-1]
-    y = sum(
+    reads = [
         jnp.einsum("bkgts,bskd->btkgd", weight, v)
         for weight, (_, v, _) in zip(jnp.split(weights, ends, axis=-1), parts, strict=True)
-    )
-    return y.reshape(b, t, heads, d)
+    ]
+    return functools.reduce(jnp.add, reads).reshape(b, t, heads, d)
 
 
 def _append(state, k, v, where, index):
@@ -167,7 +169,7 @@ def _append(state, k, v, where, index):
 
 def _check_room(position, t, capacity):
     """Says so where a call's tokens are known not to fit."""
-    known = not isinstance(position, jax.core.Tracer)
+    known = not isinstance(position, Tracer)
     used = int(position.max()) if known else 0
     if used + t > capacity:
         raise ValueError(

@@ -10,11 +10,13 @@ from jaxtyping import Array, Float
 def parameter(value: Float[Array, "..."], axes: tuple[str | None, ...]) -> nnx.Param:
     """A parameter whose every axis has a logical name, or None: never sharded.
 
-    value: what it starts from. axes: one name per axis, the left column of `nlx.parallel.RULES`.
+    value: what it starts from, its dtype never weak: a step would compile twice. axes: one name per
+    axis, the left column of `nlx.parallel.RULES`.
     """
     if len(axes) != value.ndim:
         raise ValueError(f"`axes` is {axes}; it must name the {value.ndim} axes of the value.")
-    return nnx.Param(value, axes=axes)
+    strong = jax.lax.convert_element_type(value, value.dtype)
+    return nnx.Param(strong, axes=axes)
 
 
 def normal(

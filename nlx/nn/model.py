@@ -13,6 +13,7 @@ from nlx.nn.attention import Attention
 from nlx.nn.block import Block, BlockState
 from nlx.nn.cms import CMS
 from nlx.nn.feedforward import MLP, SwiGLU
+from nlx.nn.hope import SelfModifying
 from nlx.nn.linear import Embedding, Linear
 from nlx.nn.norm import RMSNorm
 from nlx.nn.presets import ModelConfig
@@ -82,23 +83,27 @@ class LanguageModel(nnx.Module):
         return jnp.bfloat16 if self.config.bfloat16 else self.embedding.table.dtype
 
     def _check(self, tokens, state, segment_ids) -> None:
-        for name, value in (("tokens", tokens), ("segment_ids", segment_ids)):
-            if value is None and name == "segment_ids":
-                continue
-            if not (hasattr(value, "dtype") and jnp.issubdtype(value.dtype, jnp.integer)):
-                kind = getattr(value, "dtype", type(value).__name__)
-                raise TypeError(f"`{name}` is of type {kind}; it must be an array of integers.")
-            if value.ndim != 2 or 0 in value.shape or value.shape != tokens.shape:
-                must = "[b, t], neither empty" if name == "tokens" else f"{tokens.shape}, as tokens"
-                raise ValueError(f"`{name}` has shape {value.shape}; it must be {must}.")
+        _check_integers("tokens", tokens, None)
+        if segment_ids is not None:
+            _check_integers("segment_ids", segment_ids, tokens.shape)
         if state is None:
             return
         rows = {leaf.shape[0] for leaf in jax.tree.leaves(state)}
         if len(state) != len(self.blocks) or rows != {len(tokens)}:
             raise ValueError(
-                f"`state` is of {len(state)} blocks and {rows} rows; it must be of "
+                f"`state` is of {len(state)} blocks and {sorted(rows)} rows; it must be of "
                 f"{len(self.blocks)} blocks and {len(tokens)} rows, as tokens."
             )
+
+
+def _check_integers(name: str, value: Any, shape: tuple[int, ...] | None) -> None:
+    """Integers [b, t], of this shape if given."""
+    if not (hasattr(value, "dtype") and jnp.issubdtype(value.dtype, jnp.integer)):
+        kind = getattr(value, "dtype", type(value).__name__)
+        raise TypeError(f"`{name}` is of type {kind}; it must be an array of integers.")
+    if value.ndim != 2 or 0 in value.shape or value.shape != (shape or value.shape):
+        must = f"{shape}, as tokens" if shape else "[b, t], neither empty"
+        raise ValueError(f"`{name}` has shape {value.shape}; it must be {must}.")
 
 
 def _block(config: ModelConfig, rngs: nnx.Rngs) -> Block:
@@ -111,8 +116,21 @@ def _block(config: ModelConfig, rngs: nnx.Rngs) -> Block:
     return Block(config.width, mixer, feed_forward)
 
 
-def _mixer(config: ModelConfig, rngs: nnx.Rngs) -> Any:
-    return Attention(config.width, heads=config.heads, kv_heads=config.kv_heads, rngs=rngs)
+def _mixer(config: ModelConfig, rngs: nnx.Rngs) -> Attention | SelfModifying:
+    if config.mixer == "attention":
+        return Attention(config.width, heads=config.heads, kv_heads=config.kv_heads, rngs=rngs)
+    return SelfModifying(
+        config.width,
+        heads=config.heads,
+        hidden=config.memory_hidden,
+        chunk_size=config.chunk_size,
+        projection_chunk_size=config.projection_chunk_size,
+        read=config.read,
+        momentum=config.momentum,
+        erase=config.erase,
+        adaptive_query=config.adaptive_query,
+        rngs=rngs,
+    )
 
 
 def labels_by_level(model: nnx.Module) -> PyTree[str]:

@@ -96,9 +96,23 @@ def _check(name: str, value: Any, kind: Any) -> None:
         raise ValueError(f"`{name}` is {value!r}; it must be {must}.")
 
 
+_TINY: dict[str, Any] = dict(width=128, heads=4)
+_SMALL: dict[str, Any] = dict(width=384, heads=6)
 _TRANSFORMER: dict[str, Any] = dict(mixer="attention", feed_forward="swiglu")
+_HOPE_ATTENTION: dict[str, Any] = dict(mixer="attention", feed_forward="cms")
+_HOPE: dict[str, Any] = dict(mixer="self_modifying", feed_forward="cms")
 
 PRESETS: dict[str, ModelConfig] = {
-    "transformer++-tiny": ModelConfig(**_TRANSFORMER, width=128, layers=2, heads=4, hidden=536),
-    "transformer++-small": ModelConfig(**_TRANSFORMER, width=384, layers=6, heads=6, hidden=1920),
+    "hope-tiny": ModelConfig(**_HOPE, **_TINY, layers=2, hidden=256, cms_periods=(1, 4)),
+    "hope-attention-tiny": ModelConfig(
+        **_HOPE_ATTENTION, **_TINY, layers=2, hidden=400, cms_periods=(1, 4)
+    ),
+    "transformer++-tiny": ModelConfig(**_TRANSFORMER, **_TINY, layers=2, hidden=536),
+    "hope-small": ModelConfig(
+        **_HOPE, **_SMALL, layers=6, hidden=768, cms_periods=(1, 4, 16), memory_hidden=64
+    ),
+    "hope-attention-small": ModelConfig(
+        **_HOPE_ATTENTION, **_SMALL, layers=6, hidden=1008, cms_periods=(1, 4, 16)
+    ),
+    "transformer++-small": ModelConfig(**_TRANSFORMER, **_SMALL, layers=6, hidden=2016),
 }

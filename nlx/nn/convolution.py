@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Causal depthwise convolution with the past it needs as its state."""
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from nlx.nn.linear import check_sizes, normal
+from nlx.nn.segments import segment_index
+
+Window = Float[Array, "b past d"]
+
+
+class Convolution(nnx.Module):
+    """y_t = sum_{j=0}^{3} w_j * x_{t-j}, channel by channel, within the segment.
+
+    The state is a constant memory that keeps the last three inputs: [b, 3, d], zeros at first.
+    Source: Behrouz et al. (2025), Nested Learning, section 8.3 (window 4).
+    """
+
+    def __init__(self, channels: int, *, taps: int = 4, rngs: nnx.Rngs):
+        """channels: of x and y. taps: tokens seen, this one included."""
+        check_sizes(channels=channels, taps=taps)
+        self.kernel = normal(rngs, (taps, channels), (None, "heads"), taps**-0.5)
+
+    def init_state(self, batch: int, dtype=None) -> Window:
+        """No past. batch: rows. dtype: of x, None for that of the parameters."""
+        check_sizes(batch=batch)
+        taps, channels = self.kernel.shape
+        return jnp.zeros((batch, taps - 1, channels), dtype or self.kernel.dtype)
+
+    def __call__(
+        self,
+        x: Float[Array, "b t d"],
+        state: Window | None = None,
+        segment_ids: Int[Array, "b t"] | None = None,
+    ) -> tuple[Float[Array, "b t d"], Window]:
+        """state: the last inputs of the call before; None: zeros. segment_ids: see `segments`."""
+        kernel = self.kernel[...].astype(x.dtype)
+        past, t = len(kernel) - 1, x.shape[1]
+        state = jnp.zeros((len(x), past, x.shape[2]), x.dtype) if state is None else state
+        inputs = jnp.concatenate([state, x], axis=1)
+        if segment_ids is None:
+            taps = [inputs[:, j : j + t] for j in range(past + 1)]
+            window = inputs[:, t:]
+        else:
+            index = jnp.pad(segment_index(segment_ids), ((0, 0), (past, 0)))[..., None]
+            own = index[:, past:]
+            taps = [
+                jnp.where(index[:, j : j + t] == own, inputs[:, j : j + t], 0)
+                for j in range(past + 1)
+            ]
+            window = jnp.where(index[:, t:] == own[:, -1:], inputs[:, t:], 0)
+        y = sum((tap * weight for tap, weight in zip(taps, kernel, strict=True)), jnp.zeros_like(x))
+        return y, window

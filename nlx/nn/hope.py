@@ -1,0 +1,199 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Hope's mixer: self-modifying Titans between slow maps, convolutions and a gated read-out."""
+
+import math
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from nlx import ops
+from nlx.nn.convolution import Convolution, Window
+from nlx.nn.linear import Linear, check_sizes, normal, parameter
+from nlx.nn.norm import RMSNorm
+
+STREAMS = ("query", "key", "value", "gate")
+BOXES = ("key", "value", "rate", "retain", "memory")
+INITIAL_RATE = 0.2
+INITIAL_RETAIN = 4.0
+INITIAL_MOMENTUM = -2.0
+
+
+class HopeState(NamedTuple):
+    """What Hope's mixer carries from one call to the next."""
+
+    windows: dict[str, Window]  # stream -> last inputs of its convolution
+    memory: ops.SelfModifyingState
+
+
+class Stream(nnx.Module):
+    """s_t = silu(conv_4(x W)_t), split into heads: the slow part of one projection."""
+
+    def __init__(self, width: int, heads: int, head_dim: int, *, rngs: nnx.Rngs):
+        """width: channels of x. heads, head_dim: of s."""
+        self.heads = heads
+        self.map = Linear(width, heads * head_dim, ("embed", "heads"), rngs=rngs)
+        self.convolution = Convolution(heads * head_dim, rngs=rngs)
+
+    def __call__(
+        self, x: Float[Array, "b t i"], window: Window | None, segment_ids
+    ) -> tuple[Float[Array, "b t h d"], Window]:
+        """window: the convolution's state."""
+        y, window = self.convolution(self.map(x), window, segment_ids)
+        return jax.nn.silu(y).reshape(*x.shape[:2], self.heads, -1), window
+
+
+class Box(nnx.Module):
+    """One memory per head, M(z) = z + s(z W_1) W_2: where it starts, and its rate's read-out."""
+
+    def __init__(self, heads: int, head_dim: int, hidden: int, bias: float, *, rngs: nnx.Rngs):
+        """heads, head_dim, hidden: sizes of W_1 [h, d, f]. bias: rate_bias at first."""
+        inner, outer = (heads, head_dim, hidden), (heads, hidden, head_dim)
+        self.w1 = normal(rngs, inner, ("heads", None, "memory"), head_dim**-0.5)
+        self.w2 = normal(rngs, outer, ("heads", "memory", None), 0.5 * hidden**-0.5)
+        self.rate_readout = normal(rngs, (heads, head_dim), ("heads", None), head_dim**-0.5)
+        self.rate_bias = parameter(jnp.full((heads,), bias), ("heads",))
+
+
+class SelfModifying(nnx.Module):
+    """y = (RMSNorm_h(o) * silu(x W_g)) W_o,  o = self_modifying_memory(x_key, x_value, x_gate; q).
+
+    Streams x_key, x_value, x_gate and the query are `Stream`s of x; q has unit length. The memories
+    make keys, values, rates and retention from the streams and are all written; see
+    `nlx.ops.self_modifying_memory`. Where every memory starts is a parameter, learned through the
+    writes; so are the read-outs of rates and retention, and the momentum sigmoid(x W_mu + b_mu).
+
+    Source: Behrouz et al. (2025), Nested Learning, Eq. 83-96, section 8.3; Behrouz et al. (2024),
+    Titans, section 4.4 (convolutions, norms and gate).
+    """
+
+    def __init__(
+        self,
+        width: int,
+        *,
+        heads: int,
+        hidden: int,
+        chunk_size: int,
+        projection_chunk_size: int,
+        read: Literal["after_write", "chunk_start"] = "after_write",
+        momentum: bool = True,
+        erase: bool = True,
+        adaptive_query: bool = False,
+        rngs: nnx.Rngs,
+    ):
+        """Args:
+          width: channels of x and y, a multiple of `heads`.
+          heads: heads, each with memories of its own over width / heads channels.
+          hidden: hidden units of each memory.
+          chunk_size: tokens in a chunk of the memory that is read.
+          projection_chunk_size: tokens in a chunk of all other memories.
+          read: read after the token's own write, or from the chunk's start (Eq. 90).
+          momentum: whether writes carry momentum (Titans, Eq. 14).
+          erase: whether writes erase along the layer's input (Eq. 57).
+          adaptive_query: whether a memory makes the queries too (Table 6).
+
+        Raises:
+          ValueError: sizes that do not divide.
+        """
+        check_sizes(width=width, heads=heads, hidden=hidden)
+        check_sizes(chunk_size=chunk_size, projection_chunk_size=projection_chunk_size)
+        if width % heads:
+            raise ValueError(f"`heads` is {heads}; it must be a divisor of width = {width}.")
+        self.heads, self.chunk_size = heads, chunk_size
+        self.projection_chunk_size, self.erase = projection_chunk_size, erase
+        self.read: Literal["after_write", "chunk_start"] = read
+        boxes = (*BOXES, "query") if adaptive_query else BOXES
+        head_dim = width // heads
+        self.streams = nnx.Dict({s: Stream(width, heads, head_dim, rngs=rngs) for s in STREAMS})
+        self.boxes = nnx.Dict(
+            {box: Box(heads, head_dim, hidden, self._rate_bias(box), rngs=rngs) for box in boxes}
+        )
+        self.retain_readout = normal(rngs, (heads, head_dim), ("heads", None), head_dim**-0.5)
+        self.retain_bias = parameter(jnp.full((heads,), INITIAL_RETAIN), ("heads",))
+        self.momentum = Linear(width, heads, ("embed", "heads"), rngs=rngs) if momentum else None
+        self.momentum_bias = (
+            parameter(jnp.full((heads,), INITIAL_MOMENTUM), ("heads",)) if momentum else None
+        )
+        self.norm = RMSNorm(heads, head_dim, axes=("heads", None))
+        self.gate = Linear(width, width, ("embed", "heads"), rngs=rngs)
+        self.output = Linear(width, width, ("heads", "embed"), rngs=rngs)
+
+    def _rate_bias(self, box: str) -> float:
+        """The bias that makes the first rates about INITIAL_RATE of (1 + alpha) / 2."""
+        size = self.chunk_size if box == "memory" else self.projection_chunk_size
+        share = INITIAL_RATE if size == 1 else INITIAL_RATE / 2
+        return math.log(share / (1 - share))
+
+    def init_state(self, batch: int, capacity: int | None = None, dtype=None) -> HopeState:
+        """The state before the first token: its size does not depend on the capacity.
+
+        batch: rows. dtype: of x, None for that of the parameters.
+        """
+        del capacity
+        windows = {
+            name: stream.convolution.init_state(batch, dtype)
+            for name, stream in self.streams.items()
+        }
+        memories = self.parameters().memories
+        weights = jax.tree.map(lambda w: jnp.broadcast_to(w, (batch, *w.shape)), memories)
+        momentum = None if self.momentum is None else jax.tree.map(jnp.zeros_like, weights)
+        position = jnp.zeros(batch, jnp.int32)
+        return HopeState(windows, ops.SelfModifyingState(weights, weights, momentum, position))
+
+    def parameters(self) -> ops.SelfModifyingParameters:
+        """Where the memories start and the slow read-outs, as the op takes them."""
+        boxes = self.boxes.items()
+        return ops.SelfModifyingParameters(
+            memories={name: (box.w1[...], box.w2[...]) for name, box in boxes},
+            rate_readout={name: box.rate_readout[...] for name, box in boxes},
+            rate_bias={name: box.rate_bias[...] for name, box in boxes},
+            retain_readout=self.retain_readout[...],
+            retain_bias=self.retain_bias[...],
+        )
+
+    def __call__(
+        self,
+        x: Float[Array, "b t d"],
+        state: HopeState | None = None,
+        segment_ids: Int[Array, "b t"] | None = None,
+    ) -> tuple[Float[Array, "b t d"], HopeState]:
+        """Args:
+        x: inputs, normalised by the caller.
+        state: as returned; None: nothing came before.
+        segment_ids: a new segment starts from the parameters; see `nlx.nn.segments`.
+        """
+        windows = {} if state is None else state.windows
+        made = {
+            name: stream(x, windows.get(name), segment_ids) for name, stream in self.streams.items()
+        }
+        query, key, value, gate = (made[name][0] for name in STREAMS)
+        y, memory = ops.self_modifying_memory(
+            ops.Streams(key, value, gate),
+            query if "query" in self.boxes else _unit(query),
+            parameters=self.parameters(),
+            state=None if state is None else state.memory,
+            chunk_size=self.chunk_size,
+            projection_chunk_size=self.projection_chunk_size,
+            read=self.read,
+            momentum=self._momentum(x),
+            erase=self.erase,
+            segment_ids=segment_ids,
+        )
+        y = self.norm(y).reshape(x.shape) * jax.nn.silu(self.gate(x))
+        return self.output(y), HopeState({name: made[name][1] for name in STREAMS}, memory)
+
+    def _momentum(self, x: Float[Array, "b t d"]) -> Float[Array, "b t h"] | None:
+        """Share of the momentum kept: sigmoid(x W_mu + b_mu), at least float32."""
+        if self.momentum is None or self.momentum_bias is None:
+            return None
+        wide = x.astype(jnp.promote_types(jnp.float32, x.dtype))
+        return jax.nn.sigmoid(self.momentum(wide) + self.momentum_bias[...][None, None])
+
+
+def _unit(z: Float[Array, "b t h d"]) -> Float[Array, "b t h d"]:
+    """z / sqrt(|z|^2 + 1e-6); at least float32 inside."""
+    wide = z.astype(jnp.promote_types(jnp.float32, z.dtype))
+    square = jnp.sum(jnp.square(wide), -1, keepdims=True)
+    return (wide * jax.lax.rsqrt(square + 1e-6)).astype(z.dtype)
