@@ -1,9 +1,40 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The inverse of I + A for strictly lower triangular A: what a block of erasing writes needs."""
+"""What a block of gated, erasing writes needs: products of gates, and the inverse of I + A.
+
+Both carry their own derivative, one or two matrix products instead of a walk back through the
+steps that made them: less memory, less time, and a quarter of the compile time.
+"""
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+import numpy as np
+from jaxtyping import Array, Bool, Float
+
+BASE = 32  # up to this size whole matrices are multiplied under masks: less to compile
+
+
+@jax.custom_jvp
+def interval_products(gate: Float[Array, "*n c"]) -> Float[Array, "*n c+1 c+1"]:
+    """All products of neighbouring gates: prod_{i=j+1..t} gate_i at [t, j], 0 above the diagonal.
+
+    Row and column 0 stand for the time before the first gate. No logarithms, so that values and
+    gradients are exact where a gate is 0. Its derivative, with P for the result:
+    d(P)_tj = sum_i P_ti d(gate_i) P_{i-1,j}.
+
+    Args:
+      gate: any numbers.
+    """
+    c = gate.shape[-1]
+    later, reached = (_like(np.tri(c + 1, k=k, dtype=bool), gate) for k in (-1, 0))
+    gate = jnp.pad(gate, [(0, 0)] * (gate.ndim - 1) + [(1, 0)])[..., None]
+    return jnp.where(reached, jnp.cumprod(jnp.where(later, gate, 1), -2), 0)
+
+
+@interval_products.defjvp
+def _(primals, tangents):
+    products = interval_products(*primals)
+    (slope,) = tangents
+    return products, products[..., :, 1:] @ (slope[..., None] * products[..., :-1, :])
 
 
 @jax.custom_jvp
@@ -12,39 +43,47 @@ def unit_lower_inverse(a: Float[Array, "*n c c"]) -> Float[Array, "*n c c"]:
 
     Doubles the size of solved blocks on the diagonal until one is left:
 
-        [[1 + A_1, 0], [B, 1 + A_2]]^-1 = [[X_1, 0], [-X_2 B X_1, X_2]]
+        [[X_1^-1, 0], [B, X_2^-1]]^-1 = [[X_1, 0], [-X_2 B X_1, X_2]]
 
     No power of A is ever formed, so that it is as exact as substitution row by row: the Neumann
     series by repeated squaring loses every digit for correlated keys (float32, 64 tokens,
     correlation 0.9: relative error 1e8 against 1e-7). On a CPU it is several times faster than
-    the batched triangular solve, backwards too: d(X) = -X d(A) X.
+    the batched triangular solve. Its derivative: d(X) = -X d(A) X.
 
     Args:
       a: stacked square matrices of any size.
     """
     c = a.shape[-1]
-    m, size = 1, 1 << (c - 1).bit_length()
-    a = jnp.pad(a, [(0, 0)] * (a.ndim - 2) + [(0, size - c)] * 2)
-    x = jnp.ones((*a.shape[:-1], 1, 1), a.dtype)
-    while m < size:
-        first, second = x[..., ::2, :, :], x[..., 1::2, :, :]
-        below = _diagonal_blocks(a, 2 * m)[..., m:, :m]
-        left = jnp.concatenate([first, -second @ (below @ first)], -2)
-        right = jnp.concatenate([jnp.zeros_like(first), second], -2)
-        x, m = jnp.concatenate([left, right], -1), 2 * m
-    return x[..., 0, :c, :c]
+    if c <= BASE:
+        return _inverse_under_masks(a)
+    m = c // 2
+    if c % 2:
+        return unit_lower_inverse(jnp.pad(a, [(0, 0)] * (a.ndim - 2) + [(0, 1)] * 2))[..., :c, :c]
+    first, second = unit_lower_inverse(jnp.stack([a[..., :m, :m], a[..., m:, m:]]))
+    below = -second @ (a[..., m:, :m] @ first)
+    left = jnp.concatenate([first, below], -2)
+    return jnp.concatenate([left, jnp.concatenate([jnp.zeros_like(below), second], -2)], -1)
 
 
 @unit_lower_inverse.defjvp
 def _(primals, tangents):
-    """d(X) = -X d(A) X, with the part of d(A) that is read."""
-    (a,), (da,) = primals, tangents
-    x = unit_lower_inverse(a)
-    return x, -x @ (jnp.tril(da, -1) @ x)
+    x = unit_lower_inverse(*primals)
+    (slope,) = tangents
+    return x, -x @ (jnp.tril(slope, -1) @ x)
 
 
-def _diagonal_blocks(a: Float[Array, "*n c c"], m: int) -> Float[Array, "*n s m m"]:
-    """The blocks of size m on the diagonal."""
-    s = a.shape[-1] // m
-    blocks = a.reshape(*a.shape[:-2], s, m, s, m)
-    return jnp.moveaxis(jnp.diagonal(blocks, axis1=-4, axis2=-2), -1, -3)
+def _inverse_under_masks(a: Float[Array, "*n c c"]) -> Float[Array, "*n c c"]:
+    """X <- X - X B X, B being the parts of A that join two blocks of size m to one."""
+    c = a.shape[-1]
+    x = jnp.broadcast_to(_like(np.eye(c, dtype=a.dtype), a[..., 0]), a.shape)
+    for m in (1 << level for level in range((c - 1).bit_length())):
+        number = np.arange(c) // m
+        joins = (number[:, None] // 2 == number // 2) & (number[:, None] > number)
+        between = jnp.where(_like(joins, a[..., 0]), a, 0)
+        x = x - (between if m == 1 else x @ (between @ x))
+    return x
+
+
+def _like(matrix: np.ndarray, vectors: Float[Array, "*n c"]) -> Bool[Array, "*n c c"]:
+    """A constant matrix with leading axes of size 1."""
+    return jnp.asarray(matrix).reshape((1,) * (vectors.ndim - 1) + matrix.shape)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from nlx_kernels._checks import resets
-from nlx_kernels._solve import unit_lower_inverse
+from nlx_kernels._solve import interval_products, unit_lower_inverse
 
 
 class Tokens(NamedTuple):
@@ -74,20 +74,20 @@ def _blocks(x: Float[Array, "b t h *d"], c: int, neutral: float) -> Float[Array,
 def _prepare(tokens: Tokens, read: str) -> Block:
     """All that can be known of the blocks without the states they start from."""
     q, k, v, retain, erase, rate, kept = tokens
-    lasting, lasting0 = _products(jnp.where(kept, retain, 0))
-    before = jnp.where(kept[..., None], _shift(lasting, 0), 0)
-    before0 = jnp.where(kept, _shift(lasting0[..., None], 1)[..., 0], 0)
-    system = erase[..., None] * before * (k @ k.mT)
-    right = jnp.concatenate([rate[..., None] * v, (erase * before0)[..., None] * k], -1)
+    products = interval_products(jnp.where(kept, retain, 0))
+    before = jnp.where(kept[..., None], products[..., :-1, :], 0)
+    after = products[..., 1:, :]
+    system = erase[..., None] * before[..., 1:] * (k @ k.mT)
+    right = jnp.concatenate([rate[..., None] * v, (erase * before[..., 0])[..., None] * k], -1)
     solved = unit_lower_inverse(system) @ right
-    decay, decay0 = (lasting, lasting0) if read == "after_write" else (before, before0)
+    decay = after if read == "after_write" else before
     return Block(
         written=solved[..., : v.shape[-1]],
         taken=solved[..., v.shape[-1] :],
-        query=decay0[..., None] * q,
-        scores=decay * (q @ k.mT),
-        carry=lasting0[..., -1],
-        key=lasting[..., -1, :, None] * k,
+        query=decay[..., :1] * q,
+        scores=decay[..., 1:] * (q @ k.mT),
+        carry=after[..., -1, 0],
+        key=after[..., -1, 1:, None] * k,
     )
 
 
@@ -96,25 +96,3 @@ def _advance(state: Float[Array, "b h k v"], block: Block):
     u = block.written - block.taken @ state
     y = block.query @ state + block.scores @ u
     return block.carry[..., None, None] * state + block.key.mT @ u, y
-
-
-def _products(gate: Float[Array, "n b h c"]):
-    """prod_{i=j+1..t} gate_i at [t, j], 0 above the diagonal; and prod_{i<=t} gate_i at [t].
-
-    Exact, with exact gradients, where a gate is 0: no logarithms.
-    """
-    c = gate.shape[-1]
-    later = jnp.tril(jnp.ones((c, c), bool), -1)
-    factors = jnp.where(_like(later, gate), gate[..., None], 1)
-    pairs = jnp.where(_like(jnp.tril(jnp.ones((c, c), bool)), gate), jnp.cumprod(factors, -2), 0)
-    return pairs, jnp.cumprod(gate, -1)
-
-
-def _like(mask: Bool[Array, "c c"], gate: Float[Array, "n b h c"]) -> Bool[Array, "1 1 1 c c"]:
-    return mask.reshape((1,) * (gate.ndim - 1) + mask.shape)
-
-
-def _shift(rows: Float[Array, "n b h c j"], first: float) -> Float[Array, "n b h c j"]:
-    """Row t holds what row t - 1 held; row 0 holds `first`."""
-    return jnp.pad(rows[..., :-1, :], [(0, 0)] * (rows.ndim - 2) + [(1, 0), (0, 0)],
-                   constant_values=first)  # fmt: skip

@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Shared by the ops' tests: random tokens, gradients of everything, comparison leaf by leaf."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+
+class Draw:
+    """Random arrays from one seed; float64 inside the x64 fixture."""
+
+    def __init__(self, seed: int = 0):
+        self.random = np.random.default_rng(seed)
+
+    def normal(self, *shape):
+        return jnp.asarray(self.random.normal(size=shape))
+
+    def gate(self, *shape, low=0.0, high=1.0):
+        return jnp.asarray(self.random.uniform(low, high, size=shape))
+
+    def keys(self, b, t, h, k, correlation=0.0):
+        """Unit keys; 1 makes all keys of a head identical."""
+        shared, own = self.random.normal(size=(b, 1, h, k)), self.random.normal(size=(b, t, h, k))
+        keys = correlation**0.5 * shared + (1 - correlation) ** 0.5 * own
+        return jnp.asarray(keys / np.linalg.norm(keys, axis=-1, keepdims=True))
+
+    def segments(self, b, t, share=0.1):
+        """Segment ids, a new one at this share of the tokens, elsewhere in every row."""
+        return jnp.asarray(np.cumsum(self.random.uniform(size=(b, t)) < share, 1), jnp.int32)
+
+
+def gradients(function):
+    """arguments -> (outputs, gradients of a fixed weighting of them), both without integers."""
+
+    def weighed(arguments):
+        outputs = [x for x in jax.tree.leaves(function(arguments)) if x.dtype != jnp.int32]
+        wide = [jnp.asarray(x, jnp.promote_types(x.dtype, jnp.float32)) for x in outputs]
+        total = [jnp.sum(x * jnp.cos(jnp.arange(x.size)).reshape(x.shape)) for x in wide]
+        return sum(total), outputs
+
+    def run(arguments):
+        grads, outputs = jax.grad(weighed, has_aux=True, allow_int=True)(arguments)
+        return outputs, grads
+
+    compiled = jax.jit(run)
+
+    def call(arguments):
+        outputs, grads = compiled(arguments)
+        return outputs, jax.tree.map(lambda g: g if g.dtype != jax.dtypes.float0 else None, grads)
+
+    return call
+
+
+def agree(got, want, tolerance):
+    """Equal structure, and every leaf within a relative distance (L2), absolute below 1e-3."""
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    leaves = jax.tree_util.tree_leaves_with_path(got)
+    for (path, x), y in zip(leaves, jax.tree.leaves(want), strict=True):
+        x, y = (np.asarray(z, np.float64) for z in (x, y))
+        assert np.all(np.isfinite(x)), jax.tree_util.keystr(path)
+        error = np.linalg.norm(x - y) / max(np.linalg.norm(y), 1e-3)
+        assert error <= tolerance, f"{jax.tree_util.keystr(path)}: {error:.2g} > {tolerance}"
+
+
+def loops(jaxpr):
+    """Lengths of all loops in a jaxpr, None for one of unknown length."""
+    found = []
+    for equation in jaxpr.eqns:
+        if equation.primitive.name in ("scan", "while"):
+            found.append(equation.params.get("length"))
+        for inner in jax.tree.leaves(
+            equation.params, is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")
+        ):
+            if hasattr(inner, "eqns") or hasattr(inner, "jaxpr"):
+                found += loops(getattr(inner, "jaxpr", inner))
+    return found
+
+
+@pytest.fixture(name="draw")
+def _draw():
+    return Draw()
+
+
+@pytest.fixture(name="gradients", scope="session")
+def _gradients():
+    return gradients
+
+
+@pytest.fixture(name="agree", scope="session")
+def _agree():
+    return agree
+
+
+@pytest.fixture(name="loops", scope="session")
+def _loops():
+    return loops
