@@ -1,17 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """The algebra of one chunk: many gated, rank-one writes to a weight matrix at once.
 
-Inside a chunk every gradient is taken at the frozen chunk-start weights, so token t writes the
-rank-one matrix ``u_t delta_t^T`` and erases along ``z_t``:
+Inside a chunk every gradient is taken at the frozen chunk-start weights, so a layer with input u_t
+and error e_t writes a rank-one matrix. With ``z_t = u_t / |u_t|`` and ``delta_t = |u_t| e_t`` token
+t writes ``z_t delta_t^T`` and erases along z_t:
 
-    P_t = m_t P_{t-1} - r_t u_t delta_t^T
+    P_t = m_t P_{t-1} - r_t z_t delta_t^T
     W_t = (a_t I - e_t z_t z_t^T) W_{t-1} + P_t
 
 With A_tj = prod_{i=j+1..t} a_i, M_tj likewise, c = A M, A0 = cumprod a, M0 = cumprod m, B0 = A M0,
 D = diag(r) Delta and `sh` the shift down by one token, the erased reads ``p_t = z_t W_{t-1}`` solve
 one unit lower triangular system,
 
-    (I + sh(A) * (Z Z^T) diag e) p = sh1(A0) Z W_0 + sh0(B0) Z P_0 - (sh(c) * (Z U^T)) D
+    (I + sh(A) * (Z Z^T) diag e) p = sh1(A0) Z W_0 + sh0(B0) Z P_0 - (sh(c) * (Z Z^T)) D
 
 and then weights, momentum and reads are matrix products (derivation: mlp_memory/README.md).
 Products of gates are taken by `cumprod`, not by logarithms, so that a gate of exactly 0 and the
@@ -29,6 +30,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, Int
+
+from nlx_kernels._solve import unit_lower_inverse
 
 
 class Piece(NamedTuple):
@@ -59,11 +62,16 @@ class Decay(NamedTuple):
 
 
 class Write(NamedTuple):
-    """What a piece writes to one weight matrix: ``rate u delta^T`` and ``erase z p^T``."""
+    """What a piece writes to one weight matrix.
 
-    u: Float[Array, "*n c i"]
+    Attributes:
+      z: directions written and erased.
+      delta: token t writes ``-z_t delta_t^T``, its rate included.
+      erased: token t erases ``z_t erased_t^T``; None: nothing.
+    """
+
+    z: Float[Array, "*n c i"]
     delta: Float[Array, "*n c o"]
-    z: Float[Array, "*n c i"] | None
     erased: Float[Array, "*n c o"] | None
 
 
@@ -107,9 +115,8 @@ def _shift(rows: Float[Array, "*n c j"]) -> Float[Array, "*n c j"]:
 def solve_write(
     weights: Float[Array, "*n i o"],
     momentum: Float[Array, "*n i o"] | None,
-    u: Float[Array, "*n c i"],
+    z: Float[Array, "*n c i"],
     delta: Float[Array, "*n c o"],
-    z: Float[Array, "*n c i"] | None,
     rate: Float[Array, "*n c"],
     erase: Float[Array, "*n c"] | None,
     piece: Piece,
@@ -119,27 +126,22 @@ def solve_write(
 
     Args:
       weights, momentum: the working weights and momentum buffer before the piece.
-      u, delta: input and error of the layer at the chunk-start weights.
-      z: directions to erase (unit or zero vectors), or None.
-      rate, erase: gates; None erases nothing.
+      z, delta: the gradient of token t at the chunk-start weights is ``z_t delta_t^T``.
+      rate, erase: gates; None erases nothing, otherwise z must be unit (or zero) vectors.
       piece, decay: masks and products of gates.
     """
     delta = jnp.where(piece.valid, rate, 0.0)[..., None] * delta
-    if z is None or erase is None:
-        return Write(u, delta, None, None)
-    pair = jnp.where(piece.pair, 1.0, 0.0).astype(delta.dtype)
+    if erase is None:
+        return Write(z, delta, None)
     erase = jnp.where(piece.valid, erase, 0.0)
+    gram = jnp.where(piece.pair, z @ z.mT, 0.0)
     started = jnp.where(piece.first, 1.0, _shift(decay.A0[..., None])[..., 0])
-    target = started[..., None] * (z @ weights)
-    target -= (_shift(decay.c) * pair * (z @ u.mT)) @ delta
+    target = started[..., None] * (z @ weights) - (_shift(decay.c) * gram) @ delta
     if momentum is not None and decay.B0 is not None:
         carried = jnp.where(piece.first, 0.0, _shift(decay.B0[..., None])[..., 0])
         target += carried[..., None] * (z @ momentum)
-    system = _shift(decay.A) * pair * (z @ z.mT) * erase[..., None, :]
-    p = jax.lax.linalg.triangular_solve(
-        system, target, left_side=True, lower=True, unit_diagonal=True
-    )
-    return Write(u, delta, z, erase[..., None] * p)
+    system = _shift(decay.A) * gram * erase[..., None, :]
+    return Write(z, delta, erase[..., None] * (unit_lower_inverse(system) @ target))
 
 
 def read_write(
@@ -150,13 +152,11 @@ def read_write(
     decay: Decay,
 ) -> Float[Array, "*n c o"]:
     """Reads ``query_t W_t``, the running weights after token t's write."""
-    out = decay.A0[..., None] * (query @ weights)
-    out -= (decay.c * (query @ write.u.mT)) @ write.delta
+    scores = query @ write.z.mT
+    out = decay.A0[..., None] * (query @ weights) - (decay.c * scores) @ write.delta
     if momentum is not None and decay.B0 is not None:
         out += decay.B0[..., None] * (query @ momentum)
-    if write.z is not None:
-        out -= (decay.A * (query @ write.z.mT)) @ write.erased
-    return out
+    return out if write.erased is None else out - (decay.A * scores) @ write.erased
 
 
 def end_write(
@@ -171,21 +171,21 @@ def end_write(
     empty = 1.0 - last.sum(-1)
 
     def row(matrix):
-        return (last[..., None, :] @ matrix)[..., 0, :]
+        """Picks the row of the last token, as a column of coefficients."""
+        return (last[..., None, :] @ matrix)[..., 0, :, None]
 
     def kept(vector):
-        return (last * vector).sum(-1)
+        return (last * vector).sum(-1)[..., None, None]
 
-    a0 = (kept(decay.A0) + empty)[..., None, None]
-    out = a0 * weights - (write.u * row(decay.c)[..., None]).mT @ write.delta
-    if write.z is not None:
-        out -= (write.z * row(decay.A)[..., None]).mT @ write.erased
+    change = row(decay.c) * write.delta
+    if write.erased is not None:
+        change += row(decay.A) * write.erased
+    out = (kept(decay.A0) + empty[..., None, None]) * weights - write.z.mT @ change
     if momentum is None or decay.M is None:
         return out, None
-    out += kept(decay.B0)[..., None, None] * momentum
-    m0 = (kept(decay.M0) + empty)[..., None, None]
-    buffer = m0 * momentum - (write.u * row(decay.M)[..., None]).mT @ write.delta
-    return out, buffer
+    out += kept(decay.B0) * momentum
+    m0 = kept(decay.M0) + empty[..., None, None]
+    return out, m0 * momentum - write.z.mT @ (row(decay.M) * write.delta)
 
 
 ACTIVATIONS = {
@@ -246,21 +246,28 @@ def backward(
     return Trace(tuple(inputs), tuple(errors[::-1]))
 
 
-def unit(z: Float[Array, "*n i"]) -> Float[Array, "*n i"]:
-    """Scales vectors to length 1; a zero vector stays zero and has a zero gradient."""
-    square = jnp.sum(z * z, -1, keepdims=True)
-    return jnp.where(square > 0, z * jax.lax.rsqrt(jnp.where(square > 0, square, 1.0)), 0.0)
+def direction(
+    u: Float[Array, "*n c i"], error: Float[Array, "*n c o"], clip: float | None = None
+) -> tuple[Float[Array, "*n c i"], Float[Array, "*n c o"]]:
+    """Splits the gradient ``u error^T`` into a unit vector z and ``delta = |u| error``.
 
-
-def clip_error(
-    u: Float[Array, "*n c i"], delta: Float[Array, "*n c o"], clip: float | None
-) -> Float[Array, "*n c o"]:
-    """Scales errors so that each token's gradient ``u delta^T`` has Frobenius norm <= clip."""
+    A zero input gives zero z and delta, and zero gradients. The Frobenius norm of the gradient is
+    |delta|; above `clip` (None: no limit) delta is scaled back to it.
+    """
+    length, z = _norm(u)
+    delta = length * error
     if clip is None:
-        return delta
-    square = jnp.sum(u * u, -1, keepdims=True) * jnp.sum(delta * delta, -1, keepdims=True)
-    large = square > clip * clip
-    return delta * jnp.where(large, clip * jax.lax.rsqrt(jnp.where(large, square, 1.0)), 1.0)
+        return z, delta
+    norm, _ = _norm(delta)
+    return z, delta * jnp.where(norm > clip, clip / jnp.where(norm > clip, norm, 1.0), 1.0)
+
+
+def _norm(z: Float[Array, "*n i"]) -> tuple[Float[Array, "*n 1"], Float[Array, "*n i"]]:
+    """Length and direction of a vector, both 0 with gradient 0 where it is 0."""
+    square = jnp.sum(z * z, -1, keepdims=True)
+    some = square > 0
+    inverse = jnp.where(some, jax.lax.rsqrt(jnp.where(some, square, 1.0)), 0.0)
+    return square * inverse, z * inverse
 
 
 def bound_norm(weights: Float[Array, "*n i o"], bound: float | None) -> Float[Array, "*n i o"]:

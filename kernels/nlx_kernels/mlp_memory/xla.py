@@ -32,10 +32,11 @@ def _write_piece(memory, tokens: _Tokens, piece, *, read, activation, residual, 
     buffers = memory.momentum or (None,) * len(memory.weights)
     hidden, weights, momentum = tokens.q, [], []
     for layer, (weight, buffer) in enumerate(zip(memory.weights, buffers, strict=True)):
-        u, delta = trace.inputs[layer], trace.errors[layer]
-        z = None if tokens.erase is None else _chunk.unit(u)
+        z, delta = trace.inputs[layer], trace.errors[layer]
+        if tokens.erase is not None:
+            z, delta = _chunk.direction(z, delta)
         write = _chunk.solve_write(
-            weight, buffer, u, delta, z, tokens.rate, tokens.erase, piece, decay
+            weight, buffer, z, delta, tokens.rate, tokens.erase, piece, decay
         )
         if read == "after_write":
             hidden = activation(hidden) if layer else hidden

@@ -85,10 +85,9 @@ def _write_piece(memory, tokens: _Tokens, piece, *, readouts: _Readouts, form: _
     own = functools.partial(jax.tree.map, lambda a: a[number if a.shape[0] > 1 else 0])
     hidden, weights, momentum = made.q, [], []
     for layer, (weight, buffer) in enumerate(zip(memory.weights, buffers, strict=True)):
-        u = trace.inputs[layer]
-        delta = _chunk.clip_error(u, trace.errors[layer], form.clip)
-        z = _chunk.unit(u) if form.erase else None
-        write = _chunk.solve_write(weight, buffer, u, delta, z, made.rate, made.rate, piece, decay)
+        z, delta = _chunk.direction(trace.inputs[layer], trace.errors[layer], form.clip)
+        erase = made.rate if form.erase else None
+        write = _chunk.solve_write(weight, buffer, z, delta, made.rate, erase, piece, decay)
         if form.read == "after_write":
             hidden = form.activation(hidden) if layer else hidden
             hidden = _chunk.read_write(hidden, *own((weight, buffer, write, decay)))
