@@ -31,7 +31,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
-from nlx_kernels._solve import unit_lower_inverse
+from nlx_kernels._solve import interval_products, unit_lower_inverse
 
 
 class Piece(NamedTuple):
@@ -51,7 +51,13 @@ class Piece(NamedTuple):
 
 
 class Decay(NamedTuple):
-    """Products of the gates inside a piece; names as in the module's equations."""
+    """Products of the gates inside a piece, named as in the module's equations.
+
+    Attributes:
+      A, M, c: over the tokens after j up to t, at [t, j].
+      A0, M0, B0: since the segment's start or the piece's; M, M0, B0 are None without momentum.
+      before_A, before_c, before_A0, before_B0: the same for the token before: `sh` of them.
+    """
 
     A: Float[Array, "*n c c"]
     A0: Float[Array, "*n c"]
@@ -59,6 +65,10 @@ class Decay(NamedTuple):
     M0: Float[Array, "*n c"] | None
     c: Float[Array, "*n c c"]
     B0: Float[Array, "*n c"] | None
+    before_A: Float[Array, "*n c c"]
+    before_c: Float[Array, "*n c c"]
+    before_A0: Float[Array, "*n c"]
+    before_B0: Float[Array, "*n c"] | None
 
 
 class Write(NamedTuple):
@@ -91,25 +101,24 @@ def make_decay(
     retain: Float[Array, "*n c"], momentum: Float[Array, "*n c"] | None, piece: Piece
 ) -> Decay:
     """Computes every product of gates a piece needs."""
-    A, A0 = _products(retain, piece)
+    A, A0, before_A, before_A0 = _products(retain, piece)
     if momentum is None:
-        return Decay(A, A0, None, None, A, None)
-    M, M0 = _products(momentum, piece)
-    return Decay(A, A0, M, M0, A @ M, (A @ M0[..., None])[..., 0])
+        return Decay(A, A0, None, None, A, None, before_A, before_A, before_A0, None)
+    M, M0, _, _ = _products(momentum, piece)
+    ends = jnp.concatenate([M, M0[..., None]], -1)
+    now, before = A @ ends, before_A @ ends
+    c, B0, before_c, before_B0 = now[..., :-1], now[..., -1], before[..., :-1], before[..., -1]
+    return Decay(A, A0, M, M0, c, B0, before_A, before_c, before_A0, before_B0)
 
 
 def _products(gate: Float[Array, "*n c"], piece: Piece):
-    """Returns prod_{i=j+1..t} gate_i per pair, and the same from each segment's start on."""
-    c = gate.shape[-1]
-    later = jnp.tril(jnp.ones((c, c), bool), -1).reshape((1,) * (gate.ndim - 1) + (c, c))
-    factors = jnp.where(later & piece.valid[..., :, None], gate[..., :, None], 1.0)
-    products = jnp.where(piece.pair, jnp.cumprod(factors, -2), 0.0)
-    start = jnp.where(piece.first, gate, 0.0)
-    return products, (products @ start[..., None])[..., 0]
-
-
-def _shift(rows: Float[Array, "*n c j"]) -> Float[Array, "*n c j"]:
-    return jnp.concatenate([jnp.zeros_like(rows[..., :1, :]), rows[..., :-1, :]], -2)
+    """Returns A, A0 and both for the token before (1 before a segment's first token)."""
+    every = interval_products(jnp.where(piece.valid, gate, 1.0))
+    start = jnp.where(piece.first, gate, 0.0)[..., None]
+    now = jnp.where(piece.pair, every[..., 1:, 1:], 0.0)
+    before = jnp.where(piece.pair, every[..., :-1, 1:], 0.0)
+    opening = piece.first.astype(gate.dtype)
+    return now, (now @ start)[..., 0], before, (before @ start)[..., 0] + opening
 
 
 def solve_write(
@@ -134,13 +143,11 @@ def solve_write(
     if erase is None:
         return Write(z, delta, None)
     erase = jnp.where(piece.valid, erase, 0.0)
-    gram = jnp.where(piece.pair, z @ z.mT, 0.0)
-    started = jnp.where(piece.first, 1.0, _shift(decay.A0[..., None])[..., 0])
-    target = started[..., None] * (z @ weights) - (_shift(decay.c) * gram) @ delta
-    if momentum is not None and decay.B0 is not None:
-        carried = jnp.where(piece.first, 0.0, _shift(decay.B0[..., None])[..., 0])
-        target += carried[..., None] * (z @ momentum)
-    system = _shift(decay.A) * gram * erase[..., None, :]
+    gram = z @ z.mT
+    target = decay.before_A0[..., None] * (z @ weights) - (decay.before_c * gram) @ delta
+    if momentum is not None and decay.before_B0 is not None:
+        target += decay.before_B0[..., None] * (z @ momentum)
+    system = decay.before_A * gram * erase[..., None, :]
     return Write(z, delta, erase[..., None] * (unit_lower_inverse(system) @ target))
 
 

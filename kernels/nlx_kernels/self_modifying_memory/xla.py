@@ -11,11 +11,15 @@ from jaxtyping import Float
 
 from nlx_kernels import _chunk, _windows
 from nlx_kernels._checks import resets
-from nlx_kernels.self_modifying_memory.state import SelfModifyingState, Streams
+from nlx_kernels.self_modifying_memory.state import SelfModifyingState
+
+# The boxes in the order in which they are stacked; the first four make what a token is written as.
+ORDER = ("key", "value", "rate", "retain", "memory", "query")
+MEMORY, QUERY = 4, 5
 
 
 class _Tokens(NamedTuple):
-    streams: Streams  # three arrays [w, b, h, c, d]
+    streams: Float[Array, "w 4 b h c d"]  # what the first four boxes read
     q: Float[Array, "w b h c d"]
     momentum: Float[Array, "w b h c"] | None
 
@@ -44,50 +48,36 @@ def _normalise(z):
     return z * jax.lax.rsqrt(jnp.sum(z * z, -1, keepdims=True) + 1e-6)
 
 
-class _Generated(NamedTuple):
-    """What a piece's tokens generate from the boundary weights."""
-
-    q: Float[Array, "b h c d"]
-    k: Float[Array, "b h c d"]
-    v: Float[Array, "b h c d"]
-    retain: Float[Array, "b h c"]
-    rate: Float[Array, "n b h c"]
-
-
-def _generate(weights, tokens: _Tokens, readouts: _Readouts, form: _Form) -> _Generated:
-    """Reads keys, values and gates from the boxes' boundary weights (Eq. 86)."""
-
-    def box(name, z):
-        index = form.boxes.index(name)
-        return _chunk.mlp([w[index] for w in weights], z, form.activation)
-
-    k = _normalise(box("key", tokens.streams.key))
-    v = box("value", tokens.streams.value)
-    q = _normalise(box("query", tokens.q)) if "query" in form.boxes else tokens.q
-    retain = jnp.einsum("bhcd,hd->bhc", box("retain", tokens.streams.gate), readouts.retain)
+def _generate(weights, tokens: _Tokens, readouts: _Readouts, form: _Form):
+    """Makes queries, keys, values, retention and rates from the boundary weights (Eq. 86)."""
+    makers = [w[:4] for w in weights]
+    key, v, for_rate, for_retain = _chunk.mlp(makers, tokens.streams, form.activation)
+    q = tokens.q
+    if len(form.boxes) > QUERY:
+        q = _normalise(_chunk.mlp([w[QUERY] for w in weights], q, form.activation))
+    retain = jnp.einsum("bhcd,hd->bhc", for_retain, readouts.retain)
     retain = jax.nn.sigmoid(retain + readouts.retain_bias[None, :, None])
-    rate = jnp.einsum("bhcd,nhd->nbhc", box("rate", tokens.streams.gate), readouts.rate)
+    rate = jnp.einsum("bhcd,nhd->nbhc", for_rate, readouts.rate)
     rate = jax.nn.sigmoid(rate + readouts.rate_bias[:, None, :, None])
     rate = readouts.top[:, None, None, None] * (1.0 + retain)[None] * rate
-    return _Generated(q, k, v, retain, rate)
+    return q, _normalise(key), v, retain, rate
 
 
 def _write_piece(memory, tokens: _Tokens, piece, *, readouts: _Readouts, form: _Form):
     """Writes the tokens of a piece to every box and reads the box "memory"."""
     piece = piece._replace(**{name: mask[None, :, None] for name, mask in piece._asdict().items()})
-    made = _generate(memory.chunk_start, tokens, readouts, form)
+    q, k, v, retain, rate = _generate(memory.chunk_start, tokens, readouts, form)
     gate = None if tokens.momentum is None else tokens.momentum[None]
-    decay = _chunk.make_decay(made.retain[None], gate, piece)
-    target = _chunk.mlp(memory.chunk_start, made.v[None], form.activation)
-    trace = _chunk.backward(memory.chunk_start, made.k[None], target, form.activation)
+    decay = _chunk.make_decay(retain[None], gate, piece)
+    target = _chunk.mlp(memory.chunk_start, v[None], form.activation)
+    trace = _chunk.backward(memory.chunk_start, k[None], target, form.activation)
     buffers = memory.momentum or (None, None)
-    number = form.boxes.index("memory")
-    own = functools.partial(jax.tree.map, lambda a: a[number if a.shape[0] > 1 else 0])
-    hidden, weights, momentum = made.q, [], []
+    own = functools.partial(jax.tree.map, lambda a: a[MEMORY if a.shape[0] > 1 else 0])
+    hidden, weights, momentum = q, [], []
     for layer, (weight, buffer) in enumerate(zip(memory.weights, buffers, strict=True)):
         z, delta = _chunk.direction(trace.inputs[layer], trace.errors[layer], form.clip)
-        erase = made.rate if form.erase else None
-        write = _chunk.solve_write(weight, buffer, z, delta, made.rate, erase, piece, decay)
+        erase = rate if form.erase else None
+        write = _chunk.solve_write(weight, buffer, z, delta, rate, erase, piece, decay)
         if form.read == "after_write":
             hidden = form.activation(hidden) if layer else hidden
             hidden = _chunk.read_write(hidden, *own((weight, buffer, write, decay)))
@@ -95,9 +85,9 @@ def _write_piece(memory, tokens: _Tokens, piece, *, readouts: _Readouts, form: _
         weights.append(weight)
         momentum.append(buffer)
     if form.read == "after_write":
-        y = made.q + hidden
+        y = q + hidden
     else:
-        y = _chunk.mlp([w[number] for w in memory.chunk_start], made.q, form.activation)
+        y = _chunk.mlp([w[MEMORY] for w in memory.chunk_start], q, form.activation)
     written = memory._replace(weights=tuple(weights))
     return written._replace(momentum=None if memory.momentum is None else tuple(momentum)), y
 
@@ -129,7 +119,7 @@ def self_modifying_memory(
     """The chunk-parallel form; arguments are checked."""
     b, t = q.shape[:2]
     dtype = parameters.retain_bias.dtype
-    boxes = tuple(sorted(parameters.memories))
+    boxes = ORDER[: len(parameters.memories)]
     chunks = [chunk_size if box == "memory" else projection_chunk_size for box in boxes]
     readouts = _Readouts(
         jnp.stack([parameters.rate_readout[box] for box in boxes]),
@@ -151,7 +141,9 @@ def self_modifying_memory(
         memory = _windows.Memory(*stacked, state.position)
     window = min(chunk_size, projection_chunk_size, t)
     split = functools.partial(_windows.split_windows, window=window)
-    tokens = jax.tree.map(lambda a: split(a.astype(dtype)), _Tokens(x, q, momentum))
+    cut = jax.tree.map(lambda a: split(a.astype(dtype)), (x, q, momentum))
+    streams = jnp.stack([cut[0].key, cut[0].value, cut[0].gate, cut[0].gate], 1)
+    tokens = _Tokens(streams, *cut[1:])
     memory, y = _windows.scan_windows(
         functools.partial(_write_piece, readouts=readouts, form=form),
         functools.partial(_fire, form=form, bound=bound),
