@@ -109,7 +109,8 @@ def rotate(
     """Rotates channel pairs (i, i + d/2) by position / theta^(2 i / d); at least float32 inside."""
     wide = jnp.promote_types(jnp.float32, x.dtype)
     half = x.shape[-1] // 2
-    angle = position[..., None, None] * theta ** (-jnp.arange(half, dtype=wide) / half)
+    speed = theta ** (-jnp.arange(half, dtype=wide) / half)
+    angle = jnp.einsum("bt,f->btf", position.astype(wide), speed)[:, :, None]
     first, second = jnp.split(x.astype(wide), 2, axis=-1)
     cos, sin = jnp.cos(angle), jnp.sin(angle)
     turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
@@ -127,7 +128,7 @@ def _kept(
 ) -> Bool[Array, "b t capacity"]:
     """Which slots of the cache each token sees: all filled ones, while the first segment lasts."""
     slots = jnp.arange(state.key.shape[1])
-    filled = (slots < state.position[:, None])[:, None, :]
+    filled = (slots[None] < state.position[:, None])[:, None, :]
     if index is None:
         return jnp.broadcast_to(filled, (filled.shape[0], t, filled.shape[2]))
     return filled & (index == 0)[:, :, None]

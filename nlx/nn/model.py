@@ -70,14 +70,25 @@ class LanguageModel(nnx.Module):
         """
         self._check(tokens, state, segment_ids)
         x = self.embedding(tokens).astype(self._dtype())
-        states = (None,) * len(self.blocks) if state is None else state
-        after = []
-        for block, before in zip(self.blocks, states, strict=True):
-            x, block_state = block(x, before, segment_ids)
-            after.append(block_state)
+        x, after = self._scan_blocks(x, state, segment_ids)
         x = self.norm(x)
         scores = self.embedding.scores(x) if self.readout is None else self.readout(x)
-        return scores.astype(jnp.promote_types(jnp.float32, scores.dtype)), tuple(after)
+        return scores.astype(jnp.promote_types(jnp.float32, scores.dtype)), after
+
+    def _scan_blocks(self, x, state: ModelState | None, segment_ids):
+        """All blocks in order; they are alike, so one is compiled and scanned over the others."""
+        graph, _ = nnx.split(self.blocks[0])
+        stack = lambda *trees: jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+        parameters = stack(*(nnx.state(block) for block in self.blocks))
+        before = None if state is None else stack(*state)
+
+        def body(x, block):
+            own, block_state = block
+            return nnx.merge(graph, own)(x, block_state, segment_ids)
+
+        x, after = jax.lax.scan(body, x, (parameters, before))
+        take = lambda n: jax.tree.map(lambda leaf: leaf[n], after)
+        return x, tuple(take(n) for n in range(len(self.blocks)))
 
     def _dtype(self):
         return jnp.bfloat16 if self.config.bfloat16 else self.embedding.table.dtype

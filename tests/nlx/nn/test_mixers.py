@@ -1,0 +1,209 @@
+"""Each mixer and feed-forward alone: its equation, its state, its bad input."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from nlx import nn, ops
+from nlx.clock import Clock
+
+
+def random(*shape, seed=0):
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
+def close(a, b, tolerance=1e-12):
+    np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance)
+
+
+def test_attention_is_its_equation(x64):
+    attention = nn.Attention(8, heads=2, kv_heads=1, rngs=nnx.Rngs(0))
+    x = np.asarray(random(1, 5, 8))
+    y, state = attention(jnp.asarray(x))
+    assert state is None
+    kernel = lambda part: np.asarray(getattr(attention, part).kernel[...])
+    q, k, v = x[0] @ kernel("query"), x[0] @ kernel("key"), x[0] @ kernel("value")
+
+    def rotated(z, t):
+        turned = z.astype(complex)[:2] + 1j * z[2:]
+        turned = turned * np.exp(1j * t * 10_000.0 ** (-np.arange(2) / 2))
+        return np.concatenate([turned.real, turned.imag])
+
+    heads = []
+    for h in range(2):
+        rows = []
+        for t in range(5):
+            scores = [
+                rotated(q[t, 4 * h : 4 * h + 4], t) @ rotated(k[s], s) / 2 for s in range(t + 1)
+            ]
+            weights = np.exp(scores) / np.exp(scores).sum()
+            rows.append(sum(w * v[s] for s, w in enumerate(weights)))
+        heads.append(np.stack(rows))
+    close(y[0], np.concatenate(heads, axis=1) @ kernel("output"))
+
+
+def test_attention_keeps_only_the_running_segment(x64):
+    attention = nn.Attention(8, heads=2, rngs=nnx.Rngs(0))
+    x = random(2, 9, 8)
+    segment_ids = jnp.array([[1] * 3 + [2] * 6, [1] * 7 + [2] * 2])
+    whole, _ = attention(x, None, segment_ids)
+    state = attention.init_state(2, 6)
+    pieces = []
+    for start, stop in ((0, 2), (2, 5), (5, 8), (8, 9)):
+        y, state = attention(x[:, start:stop], state, segment_ids[:, start:stop])
+        pieces.append(y)
+        if stop == 8:
+            np.testing.assert_array_equal(state.position, [5, 1])
+    # the second piece of row 1 begins no segment, the third of row 1 begins one inside
+    close(jnp.concatenate(pieces, axis=1), whole)
+    alone, _ = attention(x[:1, 3:])
+    close(whole[0, 3:], alone[0])
+
+
+def test_attention_says_when_its_cache_is_full():
+    attention = nn.Attention(8, heads=2, rngs=nnx.Rngs(0))
+    state = attention.init_state(1, 4)
+    _, state = attention(random(1, 3, 8), state)
+    with pytest.raises(ValueError, match="`capacity` is 4; it must be at least 5"):
+        attention(random(1, 2, 8), state)
+    with pytest.raises(ValueError, match="`capacity` is 4; it must be at least 5"):
+        jax.eval_shape(attention, random(1, 5, 8), state)
+
+
+def test_attention_keeps_its_cache_in_the_dtype_of_its_input():
+    attention = nn.Attention(8, heads=2, rngs=nnx.Rngs(0))
+    state = attention.init_state(1, 4, jnp.bfloat16)
+    y, after = attention(random(1, 2, 8).astype(jnp.bfloat16), state)
+    assert y.dtype == after.key.dtype == after.value.dtype == jnp.bfloat16
+
+
+def test_convolution_is_its_equation(x64):
+    convolution = nn.Convolution(3, rngs=nnx.Rngs(0))
+    x = random(2, 7, 3)
+    y, window = convolution(x)
+    kernel = np.asarray(convolution.kernel[...])
+    padded = np.concatenate([np.zeros((2, 3, 3)), x], axis=1)
+    for t in range(7):
+        close(y[:, t], sum(kernel[3 - j] * padded[:, t + 3 - j] for j in range(4)))
+    close(window, x[:, 4:])
+
+
+@pytest.mark.parametrize("cut", [1, 2, 5])
+def test_convolution_splits_anywhere_and_forgets_other_segments(cut, x64):
+    convolution = nn.Convolution(3, rngs=nnx.Rngs(0))
+    x = random(2, 7, 3)
+    segment_ids = jnp.array([[1, 1, 1, 4, 4, 4, 4], [1, 1, 1, 1, 1, 1, 2]])
+    whole, last = convolution(x, None, segment_ids)
+    first, state = convolution(x[:, :cut], None, segment_ids[:, :cut])
+    second, state = convolution(x[:, cut:], state, segment_ids[:, cut:])
+    close(jnp.concatenate([first, second], axis=1), whole)
+    close(state, last)
+    alone, _ = convolution(x[:1, 3:])
+    close(whole[0, 3:], alone[0])
+
+
+def test_cms_is_a_chain_of_residual_blocks(x64):
+    cms = nn.CMS(4, 6, [Clock(1), Clock(2)], rngs=nnx.Rngs(0))
+    x = random(1, 3, 4)
+    y, state = cms(x, ())
+    assert state == ()
+    expected = x
+    for level in cms.levels:
+        normed = expected / jnp.sqrt(jnp.mean(expected**2, -1, keepdims=True) + 1e-6)
+        hidden = jax.nn.gelu(normed @ level.mlp.up.kernel[...], approximate=True)
+        expected = expected + hidden @ level.mlp.down.kernel[...]
+    close(y, expected)
+
+
+def test_swiglu_is_its_equation(x64):
+    mlp = nn.SwiGLU(4, 6, rngs=nnx.Rngs(0))
+    x = random(1, 3, 4)
+    gate, up = x @ mlp.gate.kernel[...], x @ mlp.up.kernel[...]
+    close(mlp(x), (gate * jax.nn.sigmoid(gate) * up) @ mlp.down.kernel[...])
+
+
+@pytest.fixture(scope="module")
+def hope():
+    return nn.SelfModifying(
+        8, heads=2, hidden=4, chunk_size=1, projection_chunk_size=4, rngs=nnx.Rngs(0)
+    )
+
+
+def test_hope_starts_with_the_rates_and_retention_it_says(hope):
+    parameters = hope.parameters()
+    assert jnp.all(parameters.retain_bias == 4.0)
+    rate = {box: jax.nn.sigmoid(bias) for box, bias in parameters.rate_bias.items()}
+    close(rate["memory"], 0.2 * jnp.ones(2), 1e-6)  # times (1 + alpha) / 2: chunks of one token
+    close(2 * rate["key"], 0.2 * jnp.ones(2), 1e-6)  # times 1 + alpha
+    scales = {box: [float(w.std()) for w in pair] for box, pair in parameters.memories.items()}
+    for inner, outer in scales.values():
+        assert 0.5 < inner / 4**-0.5 < 1.5
+        assert 0.5 < outer / (0.5 * 4**-0.5) < 1.5
+    assert len({str(pair) for pair in scales.values()}) == 5
+
+
+def test_hope_starts_where_its_op_starts(hope):
+    """The state before the first token is the one the op makes by itself."""
+    x = random(2, 1, 2, 4)
+    start = hope.init_state(2).memory
+    call = dict(parameters=hope.parameters(), chunk_size=1, projection_chunk_size=4)
+    momentum = jnp.full((2, 1, 2), 0.5)
+    made, _ = ops.self_modifying_memory(x, x, **call, momentum=momentum, implementation="reference")
+    given, _ = ops.self_modifying_memory(
+        x, x, **call, momentum=momentum, state=start, implementation="reference"
+    )
+    np.testing.assert_array_equal(made, given)
+
+
+def test_hope_without_momentum_and_with_adaptive_queries():
+    hope = nn.SelfModifying(
+        8,
+        heads=2,
+        hidden=4,
+        chunk_size=2,
+        projection_chunk_size=4,
+        momentum=False,
+        adaptive_query=True,
+        rngs=nnx.Rngs(0),
+    )
+    assert "query" in hope.parameters().memories
+    state = hope.init_state(2)
+    assert state.memory.momentum is None
+    y, after = jax.eval_shape(hope, jnp.zeros((2, 3, 8)), state)
+    assert y.shape == (2, 3, 8)
+    assert jax.tree.structure(after) == jax.tree.structure(state)
+
+
+@pytest.mark.parametrize(
+    ("make", "sentence"),
+    [
+        (lambda r: nn.Attention(6, heads=2, rngs=r), "`width` is 6; it must be a multiple of 2"),
+        (lambda r: nn.Attention(8, heads=2, kv_heads=3, rngs=r), "`kv_heads` is 3; it must be a"),
+        (lambda r: nn.Attention(8, heads=0, rngs=r), "`heads` is 0; it must be an integer >= 1"),
+        (lambda r: nn.CMS(4, 0, [Clock(1)], rngs=r), "`size_out` is 0; it must be an integer"),
+        (lambda r: nn.CMS(4, 4, [], rngs=r), "`clocks` have the periods"),
+        (lambda r: nn.CMS(4, 4, [Clock(4), Clock(1)], rngs=r), "from the shortest to the longest"),
+        (lambda r: nn.Convolution(0, rngs=r), "`channels` is 0; it must be an integer >= 1"),
+        (
+            lambda r: nn.SelfModifying(
+                8, heads=3, hidden=4, chunk_size=1, projection_chunk_size=4, rngs=r
+            ),
+            "`heads` is 3; it must be a divisor of width = 8",
+        ),
+        (
+            lambda r: nn.SelfModifying(
+                8, heads=2, hidden=4, chunk_size=0, projection_chunk_size=4, rngs=r
+            ),
+            "`chunk_size` is 0; it must be an integer >= 1",
+        ),
+        (
+            lambda r: nn.Attention(8, heads=2, rngs=r).init_state(1, 0),
+            "`capacity` is 0; it must be an integer >= 1",
+        ),
+    ],
+)
+def test_bad_input_gets_a_sentence(make, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        make(nnx.Rngs(0))

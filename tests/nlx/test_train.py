@@ -1,0 +1,114 @@
+"""The training step: values, skipped steps, update norms, donation."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from nlx import nn, train
+
+CONFIG = nn.ModelConfig(
+    mixer="attention",
+    feed_forward="cms",
+    vocabulary=16,
+    width=8,
+    layers=1,
+    heads=2,
+    hidden=8,
+    cms_periods=(1, 3),
+)
+
+
+def quadratic(params, batch):
+    return 0.5 * jnp.sum((params["a"] - batch) ** 2) + jnp.sum(params["b"])
+
+
+PARAMS = {"a": jnp.array([3.0, 4.0]), "b": jnp.zeros(2)}
+LABELS = {"a": "fast", "b": "slow"}
+
+
+def test_step_is_the_optimizer_on_the_gradient():
+    step = jax.jit(train.make_train_step(quadratic, optax.sgd(0.1), LABELS))
+    state, metrics = step(train.init_train_state(PARAMS, optax.sgd(0.1)), jnp.zeros(2))
+    np.testing.assert_allclose(state.params["a"], [2.7, 3.6], rtol=1e-6)
+    np.testing.assert_allclose(state.params["b"], [-0.1, -0.1], rtol=1e-6)
+    assert (int(state.step), int(state.skipped)) == (1, 0)
+    expected = {
+        "loss": 12.5,
+        "gradient_norm": np.sqrt(27),
+        "skipped": 0,
+        "update_norm/fast": 0.5,
+        "update_norm/slow": 0.1 * np.sqrt(2),
+    }
+    assert set(metrics) == set(expected)
+    for name, value in expected.items():
+        np.testing.assert_allclose(metrics[name], value, rtol=1e-6, err_msg=name)
+
+
+def test_without_labels_all_is_outer():
+    step = train.make_train_step(quadratic, optax.sgd(0.1))
+    _, metrics = step(train.init_train_state(PARAMS, optax.sgd(0.1)), jnp.zeros(2))
+    assert [name for name in metrics if "/" in name] == ["update_norm/outer"]
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_step_that_is_not_finite_changes_nothing_and_is_counted(bad):
+    tx = optax.adam(0.1)
+    step = jax.jit(train.make_train_step(quadratic, tx, LABELS))
+    state, _ = step(train.init_train_state(PARAMS, tx), jnp.zeros(2))
+    after, metrics = step(state, jnp.array([bad, 0.0]))
+    same = lambda a, b: jax.tree.map(np.testing.assert_array_equal, a, b)
+    same(after.params, state.params)
+    same(after.opt_state, state.opt_state)
+    assert (int(after.step), int(after.skipped)) == (2, 1)
+    assert int(metrics["skipped"]) == 1
+    assert metrics["update_norm/fast"] == metrics["update_norm/slow"] == 0
+    again, metrics = step(after, jnp.zeros(2))
+    unbroken, _ = step(state, jnp.zeros(2))
+    same(again.params, unbroken.params)
+    assert (int(again.skipped), int(metrics["skipped"])) == (1, 0)
+
+
+def test_loss_of_packed_rows_leaves_out_what_crosses_a_border():
+    logits = jax.random.normal(jax.random.key(0), (1, 3, 4))
+    tokens = jnp.array([[1, 2, 3, 0]], jnp.uint8)
+    logp = jax.nn.log_softmax(logits)[0]
+    whole = train.next_token_loss(logits, tokens)
+    np.testing.assert_allclose(whole, -(logp[0, 2] + logp[1, 3] + logp[2, 0]) / 3, rtol=1e-6)
+    packed = train.next_token_loss(logits, tokens, jnp.array([[7, 7, 8, 8]]))
+    np.testing.assert_allclose(packed, -(logp[0, 2] + logp[2, 0]) / 2, rtol=1e-6)
+    assert train.next_token_loss(logits, tokens, jnp.arange(4)[None]) == 0
+
+
+def test_loss_refuses_tokens_that_do_not_belong():
+    with pytest.raises(ValueError, match=r"`tokens` has shape \(1, 3\); it must be \(1, 4\)"):
+        train.next_token_loss(jnp.zeros((1, 3, 4)), jnp.zeros((1, 3), int))
+
+
+def test_a_model_learns_a_sequence_by_heart_and_compiles_once():
+    model = nn.LanguageModel(CONFIG, rngs=nnx.Rngs(0))
+    graphdef, params = nnx.split(model)
+    loss, traced = train.language_model_loss(graphdef), []
+
+    def counted(params, batch):
+        traced.append(None)
+        return loss(params, batch)
+
+    tx = optax.adam(3e-2)
+    step = train.make_train_step(counted, tx, nn.labels_by_level(model))
+    step = jax.jit(step, donate_argnums=0)
+    state = train.init_train_state(params, tx)
+    batch = {
+        "tokens": jax.random.randint(jax.random.key(1), (2, 9), 0, 16).astype(jnp.uint8),
+        "segment_ids": jnp.array([[0] * 9, [0] * 4 + [1] * 5]),
+    }
+    losses = []
+    for _ in range(60):
+        state, metrics = step(state, batch)
+        losses.append(float(metrics["loss"]))
+    assert losses[0] > 2.5
+    assert losses[-1] < 0.1
+    assert len(traced) == 1
+    assert {"update_norm/outer", "update_norm/cms_0", "update_norm/cms_1"} < set(metrics)
