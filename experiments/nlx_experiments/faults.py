@@ -11,6 +11,7 @@ Takes about 6 s a kill on two cores.
 """
 
 import dataclasses
+import functools
 import os
 import pathlib
 import random
@@ -41,6 +42,8 @@ class Faults:
     """How often to kill."""
     seed: int = 0
     """Chooses the moments."""
+    preset: str = "hope-tiny"
+    """What to train."""
     folder: pathlib.Path | None = None
     """Where to work; a temporary folder that is removed afterwards by default."""
 
@@ -50,19 +53,20 @@ class Faults:
             raise ValueError(f"`kills` must be at least 1, got {self.kills}.")
 
 
-def compare(folder: pathlib.Path, kills: int, seed: int) -> list[str]:
+def compare(folder: pathlib.Path, preset: str, kills: int, seed: int) -> list[str]:
     """Runs both; returns what differs, nothing if all is well."""
-    steps = 20 + 12 * kills
+    steps = 20 + 10 * kills
     _write_texts(folder / "text")
-    start = time.monotonic()
-    _finish(_start(folder, "undisturbed", steps))
-    print(f"undisturbed: {steps} steps in {time.monotonic() - start:.0f} s", flush=True)
+    begun = time.monotonic()
+    start = functools.partial(_start, folder, preset, steps)
+    _finish(start("undisturbed"))
+    print(f"undisturbed: {steps} steps in {time.monotonic() - begun:.0f} s", flush=True)
     shutil.copytree(folder / "undisturbed" / "compiled", folder / "killed" / "compiled")
     rng = random.Random(seed)
     for i in range(kills):
-        kind = ("step", "save", "start")[i % 3]
-        _kill(folder, steps, i, kills, kind, rng)
-    _finish(_start(folder, "killed", steps))
+        moment = ("save", "step", "start")[i % 3]
+        _kill(start, folder / "killed", steps, (i, kills), moment, rng)
+    _finish(start("killed"))
     return differences(folder / "undisturbed", folder / "killed", steps)
 
 
@@ -92,27 +96,32 @@ def _arrays(item: pathlib.Path) -> dict[str, np.ndarray]:
     return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
 
 
-def command(folder: pathlib.Path, name: str, steps: int) -> list[str]:
-    """The training command, the same every time."""
+def command(folder: pathlib.Path, preset: str, steps: int, name: str) -> list[str]:
+    """The training command of a small model, the same every time."""
     options = {
-        "--data": folder / "text",
-        "--run": folder / name,
-        "--steps": steps,
-        "--optimizer": "dmgd",
-        "--batch": 2,
-        "--length": 48,
-        "--save-every": 2,
-        "--log-every": 1,
-        "--eval-bytes": 500,
+        "data": folder / "text",
+        "run": folder / name,
+        "steps": steps,
+        "optimizer": "dmgd",
+        "batch": 2,
+        "length": 48,
+        "save-every": 5,
+        "log-every": 1,
+        "eval-bytes": 500,
     }
-    flags = [str(word) for pair in options.items() for word in pair]
-    return [sys.executable, "-m", "nlx_experiments.run", "train", "hope-tiny", *flags]
+    sizes = {"width": 32, "layers": 1, "heads": 2, "hidden": 32, "memory-hidden": 8}
+    sizes |= {"chunk-size": 8, "projection-chunk-size": 16}
+    options |= {f"model.{size}": number for size, number in sizes.items()}
+    flags = [word for key, value in options.items() for word in (f"--{key}", str(value))]
+    flags += ["--model.cms-periods", "1", "3"]
+    return [sys.executable, "-m", "nlx_experiments.run", "train", preset, *flags]
 
 
-def _start(folder: pathlib.Path, name: str, steps: int) -> subprocess.Popen:
+def _start(folder: pathlib.Path, preset: str, steps: int, name: str) -> subprocess.Popen:
     (folder / name).mkdir(exist_ok=True)
     with open(folder / f"{name}.log", "a") as log:
-        return subprocess.Popen(command(folder, name, steps), stdout=log, stderr=log)
+        arguments = command(folder, preset, steps, name)
+        return subprocess.Popen(arguments, stdout=log, stderr=log)
 
 
 def _finish(process: subprocess.Popen) -> None:
@@ -121,32 +130,32 @@ def _finish(process: subprocess.Popen) -> None:
 
 
 def _kill(
-    folder: pathlib.Path, steps: int, i: int, kills: int, kind: str, rng: random.Random
+    start: Callable[[str], subprocess.Popen],
+    run: pathlib.Path,
+    steps: int,
+    count: tuple[int, int],
+    moment: str,
+    rng: random.Random,
 ) -> None:
-    run = folder / "killed"
+    """Starts the run, waits for the moment, kills it."""
+    i, kills = count
     before = _last_step(run)
     target = before + rng.randint(1, max(1, (steps - before) // (kills - i + 1)))
-    process = _start(folder, "killed", steps)
-    begun = time.monotonic()
     delay = rng.uniform(0.5, 5.0)
-    moments: dict[str, Callable[[], bool]] = {
-        "step": lambda: _last_step(run) >= target,
+    process, begun = start(run.name), time.monotonic()
+    come: dict[str, Callable[[], bool]] = {
         "save": lambda: _last_step(run) >= target and _half_written(run),
+        "step": lambda: _last_step(run) >= target,
         "start": lambda: time.monotonic() - begun > delay,
     }
-    while not moments[kind]():
+    while not come[moment]():
         if process.poll() is not None:
             raise RuntimeError(f"the run ended before kill {i + 1} (code {process.returncode})")
         time.sleep(POLL)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    saved = sorted(int(p.name) for p in (run / "checkpoints").glob("*") if p.name.isdigit())
-    where = {"save": "during a save", "start": f"{delay:.1f} s after its start", "step": ""}[kind]
-    print(
-        f"kill {i + 1}/{kills}: at step {_last_step(run)} {where}, "
-        f"newest checkpoint {saved[-1] if saved else 'none'}",
-        flush=True,
-    )
+    half = "during a save" if _half_written(run) else "not during a save"
+    print(f"kill {i + 1}/{kills}: at step {_last_step(run)} of {steps}, {half}", flush=True)
 
 
 def _last_step(run: pathlib.Path) -> int:
@@ -174,7 +183,7 @@ def main(argv: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as temporary:
         folder = pathlib.Path(config.folder or temporary)
         folder.mkdir(parents=True, exist_ok=True)
-        found = compare(folder, config.kills, config.seed)
+        found = compare(folder, config.preset, config.kills, config.seed)
     if found:
         print(f"{len(found)} things differ: {', '.join(found[:20])}")
         return 1

@@ -43,9 +43,9 @@ def train(config: TrainConfig) -> dict[str, Any]:
         corpus.train, length=config.length, batch=config.batch, seed=config.seed
     )
     positions = evaluate.scored_positions(corpus, config.length, config.eval_bytes)
-    functions = learner.make(config)
     with Run(config.folder) as run, StopRequest() as stop:
         _claim(run, config, corpus)
+        functions = learner.make(config)
         _cache_compilations(run)
         with Checkpoints(run.folder / "checkpoints", keep=config.keep, say=say) as checkpoints:
             state, position = _resume(config, functions, checkpoints)

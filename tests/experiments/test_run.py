@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command: one sentence and a code that is not 0 for bad input, before anything is done."""
+
+import pathlib
+import re
+import signal
+import subprocess
+import time
+
+import pytest
+from nlx_experiments import faults, learner, run, runs
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_built(monkeypatch, tmp_path):
+    """Bad input is refused before a model is made, and leaves no run folder."""
+
+    def refuse(config):
+        raise AssertionError("a model was made")
+
+    monkeypatch.setattr(learner, "make", refuse)
+    monkeypatch.setattr(learner, "build", refuse)
+    monkeypatch.chdir(tmp_path)
+    yield
+    assert not pathlib.Path("runs").exists()
+
+
+BAD = {
+    "trian": "there is no command 'trian'; .* Did you mean train?",
+    "train": "needs a name first: nlx train PRESET",
+    "train --steps 3": "needs a name first",
+    "train transformer+-tiny": "'transformer\\+-tiny'.* 'transformer\\+\\+-tiny'",
+    "train transformer++-tiny --steps 0": "`steps` is 0; it must be at least 1",
+    "train transformer++-tiny --steps many": "--steps: .*'many'",
+    "train transformer++-tiny --learning-rate nan": "`learning_rate` is nan; it must be in",
+    "train transformer++-tiny --stepz 3": "Unrecognized options: --stepz",
+    "train transformer++-tiny --optimizer sgd": "'sgd' .*'adamw', 'dmgd'",
+    "train transformer++-tiny --model.heads 3": "`heads` is 3; it must be",
+    "train transformer++-tiny --model.cms-periods 0": "`cms_periods` is \\(0,\\)",
+    "train transformer++-tiny --data missing": "missing, which does not exist",
+    "train transformer++-tiny --data empty": "empty, in which there is no UTF-8 text",
+    "train transformer++-tiny --data short --length 99": "`length` is 99, .* only \\d+ bytes",
+    "train transformer++-tiny --run /dev/null/run": "/dev/null/run, which cannot be written",
+    "generate nowhere": "nowhere is no run: it holds no config.json",
+    "generate nowhere --temperature -1": "`temperature` is -1.0; it must be in",
+    "inspect hope-tinny": "'hope-tinny'.*'hope-tiny'",
+    "run dmeo": "there is no experiment 'dmeo'; .* Did you mean demo?",
+}
+
+
+@pytest.mark.parametrize("words", BAD)
+def test_bad_input_gets_one_sentence(words, capsys, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "binary").write_bytes(b"\0\1\2")
+    (tmp_path / "short").mkdir()
+    for i in range(3):
+        (tmp_path / "short" / f"{i}").write_text("short")
+    assert run.main(words.split()) == 2
+    out, error = capsys.readouterr()
+    assert out == ""
+    assert error.startswith("nlx: ")
+    assert error.count("\n") == 1
+    assert re.search(BAD[words], error), error
+
+
+def test_help_is_printed(capsys):
+    assert run.main([]) == 0
+    assert "nlx train" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as left:
+        run.main(["train", "transformer++-tiny", "--help"])
+    assert left.value.code == 0
+    assert "--model.width" in capsys.readouterr().out
+
+
+def test_ctrl_c_leaves_no_traceback(monkeypatch, capsys):
+    def interrupted(argv):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(run.COMMANDS, "generate", interrupted)
+    assert run.main(["generate", "x"]) == 130
+    assert capsys.readouterr().err == "nlx: stopped.\n"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_signals_save_and_leave(tmp_path, number, code):
+    (tmp_path / "text").mkdir()
+    for i in range(9):
+        (tmp_path / "text" / f"{i}.txt").write_text(f"{i} bottles\n" * 60)
+    command = faults.command(tmp_path, "hope-tiny", 5000, "run")
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not runs.read_lines(tmp_path / "run" / "metrics.jsonl"):
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(number)
+    out, error = process.communicate(timeout=120)
+    assert process.returncode == code
+    assert "the same command goes on from there" in out
+    assert "Traceback" not in out + error
+    steps = [int(p.name) for p in (tmp_path / "run" / "checkpoints").iterdir()]
+    assert max(steps) == runs.read_lines(tmp_path / "run" / "metrics.jsonl")[-1]["step"]
+
+
+@pytest.mark.slow
+def test_kill_9_loses_nothing(tmp_path):
+    assert faults.main(["--kills", "3", "--folder", str(tmp_path)]) == 0

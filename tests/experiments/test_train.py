@@ -1,0 +1,243 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The run: learns, resumes to the bit, falls back, reports, generates; all on a small model."""
+
+import base64
+import dataclasses
+import json
+import shutil
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from nlx_experiments import config, demo, demo_check, faults, generate, learner, loop, report, runs
+from nlx_experiments.errors import Refused, Stopped
+
+from nlx import nn
+
+STEPS = 6
+
+
+@pytest.fixture(autouse=True)
+def small_presets(monkeypatch):
+    """Stand-ins for the presets that compile in a second; Hope itself is in the slow tier."""
+    small = dict(width=16, layers=1, heads=2, hidden=16, cms_periods=(1, 4))
+    hope = dataclasses.replace(nn.PRESETS["hope-attention-tiny"], **small)
+    rival = dataclasses.replace(nn.PRESETS["transformer++-tiny"], **small)
+    monkeypatch.setitem(nn.PRESETS, "hope-tiny", hope)
+    monkeypatch.setitem(nn.PRESETS, "transformer++-tiny", rival)
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("texts")
+    for i in range(9):
+        (folder / f"{i}.txt").write_text(f"text {i}\n" + "".join(f"{j * j}, " for j in range(80)))
+    return folder
+
+
+@pytest.fixture
+def chosen(texts, tmp_path):
+    """A run of six steps with the deep optimizer and two clocks."""
+    return config.make(
+        "hope-tiny",
+        optimizer="dmgd",
+        data=(texts,),
+        run=tmp_path / "run",
+        steps=STEPS,
+        batch=2,
+        length=24,
+        save_every=2,
+        log_every=1,
+        eval_bytes=200,
+    )
+
+
+@pytest.fixture(scope="module")
+def unbroken(texts, tmp_path_factory):
+    """Folder and result of the same run, undisturbed."""
+    with pytest.MonkeyPatch.context() as patch:
+        small_presets.__wrapped__(patch)
+        where = tmp_path_factory.mktemp("unbroken")
+        whole = chosen.__wrapped__(texts, where)
+        return whole, loop.train(whole)
+
+
+def stop_at(monkeypatch, step, number=signal.SIGTERM):
+    """Sends this process a signal when `step` is logged."""
+
+    class Interrupting(loop.display("", 1, 0).__class__):
+        def show(self, now, *measured):
+            super().show(now, *measured)
+            if now == step:
+                signal.raise_signal(number)
+
+    monkeypatch.setattr(loop, "display", lambda name, steps, done: Interrupting(name, steps))
+
+
+def test_a_run_leaves_its_record(unbroken):
+    chosen, result = unbroken
+    assert result == runs.read_json(chosen.folder / "result.json")
+    assert 0 < result["bits_per_byte"] < 9
+    assert set(result["ngram_bits_per_byte"]) == {"2", "3"}
+    records = runs.read_lines(chosen.folder / "metrics.jsonl")
+    assert [r["step"] for r in records] == [1, 2, 3, 4, 5, 6]
+    assert records[-1]["bytes"] == 6 * 2 * 24
+    assert {"outer", "cms_0", "cms_1"} == set(records[0]["updates"]) == set(records[0]["moved"])
+    # The slow block, of period 4, moves once.
+    assert [r["updates"]["cms_1"] > 0 for r in records] == [s == 4 for s in range(1, 7)]
+    assert [r["moved"]["cms_1"] > 0 for r in records] == [s >= 4 for s in range(1, 7)]
+    assert all(r["updates"]["outer"] > 0 for r in records)
+    environment = runs.read_json(chosen.folder / "environment.json")
+    assert {"jax", "devices", "revision", "python"} <= set(environment)
+    assert config.of_run(chosen.folder) == chosen
+    corpus = runs.read_json(chosen.folder / "corpus.json")
+    assert len(corpus["files"]) == 9
+
+
+def test_the_report_carries_its_pictures(unbroken):
+    chosen, _ = unbroken
+    page = (chosen.folder / "report.html").read_text()
+    for name in ("loss.png", "levels.png"):
+        png = (chosen.folder / name).read_bytes()
+        assert png.startswith(b"\x89PNG")
+        assert base64.b64encode(png).decode() in page
+    assert "order-3 Witten-Bell" in page
+    assert "http" not in page.replace("http://www.w3.org", "")
+
+
+def test_resume_is_bitwise(chosen, unbroken, monkeypatch):
+    for step, number in ((3, signal.SIGTERM), (4, signal.SIGINT)):
+        with monkeypatch.context() as patch:
+            stop_at(patch, step, number)
+            with pytest.raises(Stopped, match=f"step {step} of 6 is saved") as stopped:
+                loop.train(chosen)
+        assert stopped.value.signal == number
+    assert loop.train(chosen) == unbroken[1]
+    assert faults.differences(unbroken[0].folder, chosen.folder, STEPS) == []
+
+
+def test_a_damaged_checkpoint_is_passed_over(chosen, unbroken, capsys):
+    shutil.copytree(unbroken[0].folder, chosen.folder)
+    (chosen.folder / "result.json").unlink()
+    newest = chosen.folder / "checkpoints" / "6"
+    for path in (newest / "memories").rglob("*"):
+        if path.is_file():
+            path.write_bytes(path.read_bytes()[:-7])
+    assert loop.train(chosen) == unbroken[1]
+    said = capsys.readouterr().out
+    assert "checkpoint of step 6 is damaged" in said
+    assert "step 4 is used" in said
+    assert "Going on from step 4 of 6" in said
+    assert faults.differences(unbroken[0].folder, chosen.folder, STEPS) == []
+
+
+def test_differences_are_seen(unbroken, tmp_path):
+    one = unbroken[0].folder
+    shutil.copytree(one, tmp_path / "other")
+    metrics = tmp_path / "other" / "metrics.jsonl"
+    metrics.write_text(metrics.read_text().replace('"step": 3', '"step": 33'))
+    shutil.rmtree(tmp_path / "other" / "checkpoints" / "6" / "weights")
+    shutil.copytree(
+        one / "checkpoints" / "4" / "weights", tmp_path / "other" / "checkpoints" / "6" / "weights"
+    )
+    found = faults.differences(one, tmp_path / "other", STEPS)
+    assert "metrics.jsonl" in found
+    assert any(name.startswith("weights") for name in found)
+
+
+def test_a_finished_run_says_so(unbroken, capsys):
+    assert loop.train(unbroken[0]) == unbroken[1]
+    assert "is finished: 6 steps" in capsys.readouterr().out
+
+
+def test_another_configuration_is_refused(unbroken, texts, tmp_path):
+    chosen = unbroken[0]
+    with pytest.raises(Refused, match=r"`batch` is 3, but .* was begun with 2"):
+        loop.train(dataclasses.replace(chosen, batch=3))
+    model = dataclasses.replace(chosen.model, hidden=17)
+    with pytest.raises(Refused, match=r"`model.hidden` is 17, but .* was begun with 16"):
+        loop.train(dataclasses.replace(chosen, model=model))
+    shutil.copytree(texts, tmp_path / texts.name)
+    (tmp_path / texts.name / "0.txt").write_text("something else\n" * 40)
+    with pytest.raises(Refused, match="the text is no longer what"):
+        loop.train(dataclasses.replace(chosen, data=(tmp_path / texts.name,)))
+    with runs.Run(chosen.folder), pytest.raises(Refused, match="another process is training"):
+        loop.train(chosen)
+    kept = dataclasses.replace(chosen, save_every=3, keep=1)
+    assert loop.train(kept) == unbroken[1]  # what changes nothing that is learned may change
+
+
+def test_no_finite_gradient_gives_up(chosen, monkeypatch):
+    monkeypatch.setattr(loop, "SKIPS", 2)
+    functions = learner.make(chosen)
+
+    def step(state, start, tokens):
+        params = jax.tree.map(lambda x: x * jnp.nan, state.params)
+        return functions.step(state._replace(params=params), start, tokens)
+
+    monkeypatch.setattr(learner, "make", lambda config: functions._replace(step=step))
+    with pytest.raises(Refused, match="gradients of the last 2 steps, up to 2, were not finite"):
+        loop.train(chosen)
+
+
+def test_generation_streams_what_the_model_says(unbroken):
+    model = learner.load(unbroken[0])
+    settings = dict(length=12, temperature=0.0, seed=0)
+    stream = generate.stream(model, "text", **settings)
+    drawn = [next(stream)]  # one at a time
+    drawn += list(stream)
+    assert len(drawn) == 12
+    whole, _ = model(jnp.asarray([[*b"text", *drawn]]))
+    assert drawn == np.argmax(whole[0, 3:-1], axis=-1).tolist()
+    warm = dict(length=12, temperature=1.0)
+    once, again, other = (list(generate.stream(model, "", seed=seed, **warm)) for seed in (1, 1, 2))
+    assert once == again != other
+
+
+def test_the_demonstration(texts, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(demo, "FIELDS", {"batch": 2, "length": 24, "eval_bytes": 200})
+    monkeypatch.setattr(demo, "SAMPLE_LENGTH", 10)
+    settings = demo.Demo(folder=tmp_path / "demo", steps=2, data=(texts,))
+    demo.main(settings)
+    said = capsys.readouterr().out
+    page = (tmp_path / "demo" / "report.html").read_text()
+    for line in ("hope-tiny, adamw", "hope-tiny, dmgd", "transformer++-tiny", "order-2", "xz -9"):
+        assert line in said
+        assert line in page
+    assert page.count("data:image/png;base64,") == 2
+    demo.main(settings)
+    assert capsys.readouterr().out.count("is finished") == 3
+
+
+def test_the_demonstration_is_checked(texts, tmp_path, monkeypatch):
+    result = lambda c: {
+        "preset": c.preset,
+        "bits_per_byte": 2.0 + c.seed / 10 + abs(c.learning_rate - 3e-3) + (c.preset[0] == "h"),
+    }
+    monkeypatch.setattr(demo_check.loop, "train", result)
+    (tmp_path / "README.md").write_text(
+        f"before\n{demo_check.BEGIN}\nold\n{demo_check.END}\nafter\n"
+    )
+    demo_check.main(demo_check.DemoCheck(runs=tmp_path / "runs", place=tmp_path))
+    found = json.loads((tmp_path / "results" / "demo-check.json").read_text())
+    assert len(found["runs"]) == 18
+    readme = (tmp_path / "README.md").read_text()
+    assert readme.startswith(f"before\n{demo_check.BEGIN}\n| model ")
+    assert readme.endswith(f"{demo_check.END}\nafter\n")
+    assert "| hope-tiny | 0.003 | 3.100 | 0.100 | 3.000, 3.100, 3.200 |" in readme
+    assert "at its best learning rate 0.003 hope-tiny needs 3.100 bits per byte" in readme
+    assert "+47.6 %" in readme
+    assert "old" not in readme
+
+
+def test_tables():
+    table = report.Table("Scores", ("model", "bits"), [("a|b", 1.23456), ("c", 1200)])
+    assert table.text().splitlines() == [
+        "Scores",
+        "  model  bits",
+        "  a|b    1.235",
+        "  c      1,200",
+    ]
+    assert table.markdown().splitlines()[2:] == ["| a|b | 1.235 |", "| c | 1,200 |"]
