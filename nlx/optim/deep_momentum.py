@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Deep momentum: a memory of the gradients that is an MLP, learning while the optimizer runs."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int, PyTree
@@ -13,7 +15,7 @@ from nlx.clock import Clock
 from nlx.level import Association, associative_memory
 from nlx.memories import Memory
 from nlx.nest import Nest
-from nlx.optim.gradient_memory import Gate, check_range
+from nlx.optim.gradient_memory import Gate, check_range, debiased, gradient_memory
 from nlx.optim.level import leafwise, wide_dtype
 
 
@@ -23,7 +25,7 @@ class DeepMomentumState(NamedTuple):
     tick: Int[Array, ""]  # gradients seen
     mu: PyTree[Float[Array, "..."]]  # debiased average of the gradients, like the parameters
     scale: PyTree[Float[Array, ""]]  # debiased mean square of each leaf's gradients
-    phi: PyTree  # weights of a leaf's deep memory, () where there is none
+    phi: tuple[PyTree[Float[Array, "..."]], ...]  # weights, layer by layer; 0 for a leaf with none
 
 
 class Moment(NamedTuple):
@@ -61,8 +63,8 @@ def scale_by_deep_momentum(
 
     decay: of the average, in [0, 1]. hidden: channels of the hidden layers, integers >= 1; () gives
         the linear memory z + z W. inner_lr: >= 0, useful in 0.02 to 0.3; 0 gives Nesterov momentum.
-    retention: in [0, 1], what the memory keeps each step. scale_decay: in [0, 1]. clip: > 0, in
-        units of s.
+    retention: in [0, 1], what the memory keeps each step. scale_decay: in [0, 1]. clip: >= 0,
+        in units of s.
 
     Raises ValueError for any other argument. With `optax.inject_hyperparams` all numbers may vary.
     Source: Behrouz et al. (2025), Nested Learning, eqs. 50, 52, 89; the printed objective,
@@ -76,30 +78,32 @@ def scale_by_deep_momentum(
         ("clip", clip, None),
     ):
         check_range(name, value, most)
+    if isinstance(hidden, int) or any(not isinstance(n, int) or n < 1 for n in hidden):
+        raise ValueError(f"`hidden` must be a sequence of integers >= 1, got {hidden!r}.")
 
     def nest(leaf):
         return _nest(leaf, hidden, inner_lr, retention, nesterov, clip)
 
-    def init(param, key):
-        leaf_nest = nest(param)
-        states = leaf_nest.start(leaf_nest.init(key))
-        return _entries(states, jnp.zeros((), wide_dtype(param)))
+    def init(param, position):
+        del position
+        levels, dtype = nest(param).levels, wide_dtype(param)
+        key = jax.random.key(0)  # of no effect: both memories start without chance
+        states = {name: level.start(level.init(key)) for name, level in levels.items()}
+        absent = tuple(jnp.zeros((), dtype) for _ in (*hidden, 0))
+        return _fields(states, jnp.zeros((), dtype), absent)
 
-    def step(entries, gradient, param, tick):
+    def step(fields, gradient, param, tick):
         del param
-        mu, square, phi = entries
-        now, after, slow = (
-            _share(rate, tick + ticks, gradient.dtype)
-            for rate, ticks in ((decay, 1), (decay, 2), (scale_decay, 1))
-        )
+        mu, square, phi = fields
+        share, slow = debiased(decay), debiased(scale_decay)(tick).astype(gradient.dtype)
         square = square + slow * (_mean_square(gradient) - square)
-        leaf_nest = nest(gradient)
-        weights = {"average": mu, "deep": phi}
+        moment = Moment(gradient, _root(square), share(tick), share(tick + 1))
+        leaf_nest, weights = nest(gradient), {"average": mu, "deep": phi}
         states = leaf_nest.start({name: weights[name] for name in leaf_nest.levels})
-        states, update = leaf_nest.step(states, Moment(gradient, _root(square), now, after))
-        return _entries(states, square), update
+        states, update = leaf_nest.step(states, moment)
+        return _fields(states, square, phi), update
 
-    return leafwise(DeepMomentumState, init, step)
+    return leafwise(DeepMomentumState, (0, 0, (0,) * (len(hidden) + 1)), init, step)
 
 
 def dmgd(
@@ -121,14 +125,13 @@ def dmgd(
     -learning_rate (deep_momentum(u / (sqrt(debiased mean of u^2) + 1e-8)) + weight_decay w)
 
     learning_rate: a number or a schedule. precondition: whether to divide by the root of the
-        second moment (decay 0.999, kept in the parameters' dtype), which makes learning rates those
-        of AdamW. weight_decay: >= 0, decoupled; mask: of the leaves to decay, as in `optax.adamw`.
-    The others: see `scale_by_deep_momentum`, whose errors these are too. State: twice the
-    parameters, plus 2 hidden / rows of each kernel.
+        second moment (decay 0.999), which makes learning rates those of AdamW.
+    weight_decay: >= 0, decoupled. mask: of the leaves to decay, as in `optax.adamw`.
+    The others, and the errors: see `scale_by_deep_momentum`. State, in float32: twice the
+    parameters, plus a share of 2 hidden / n for each kernel of n rows.
 
     Source: Behrouz et al. (2025), Nested Learning, eqs. 47, 50, 52.
     """
-    second_moment = optax.scale_by_rms(0.999, eps_in_sqrt=False, bias_correction=True)
     deep = scale_by_deep_momentum(
         decay,
         hidden=hidden,
@@ -139,10 +142,30 @@ def dmgd(
         clip=clip,
     )
     return optax.chain(
-        second_moment if precondition else optax.identity(),
+        _second_moment() if precondition else optax.identity(),
         deep,
         optax.add_decayed_weights(weight_decay, mask),
         optax.scale_by_learning_rate(learning_rate),
+    )
+
+
+def _second_moment(decay: float = 0.999, eps: float = 1e-8):
+    """u / (sqrt(debiased average of u^2) + eps): the preconditioner, itself a value-less memory.
+
+    It equals `optax.scale_by_rms`, but in at least float32, and entries whose square would overflow
+    count as the largest whose doesn't.
+    """
+
+    def bounded(gradient):
+        most = 0.5 * jnp.sqrt(jnp.finfo(gradient.dtype).max)
+        return jnp.clip(gradient, -most, most)
+
+    return gradient_memory(
+        memories.constant,
+        objectives.l2,
+        target=lambda gradient: jnp.square(bounded(gradient)),
+        rate=debiased(decay),
+        readout=lambda read, gradient: bounded(gradient) / (jnp.sqrt(read(gradient)) + eps),
     )
 
 
@@ -179,20 +202,34 @@ def _nest(like, hidden, inner_lr, retention, nesterov, clip) -> Nest:
 
 def _row_memory(like, hidden: Sequence[int]) -> Memory:
     """A residual MLP on rows, the identity at first: its last layer starts at zero."""
-    width = like.shape[-2]
-    memory = memories.mlp((width, *hidden, width), jnp.tanh)
+    sizes = (like.shape[-2], *hidden, like.shape[-2])
 
     def init(key):
-        weights = [w.astype(wide_dtype(like)) for w in memory.init(key)]
+        del key
+        shapes = zip(sizes[:-1], sizes[1:], strict=True)
+        weights = [_cosines(*shape, wide_dtype(like)) for shape in shapes]
         return (*weights[:-1], jnp.zeros_like(weights[-1]))
 
-    return memory._replace(init=init)
+    return memories.mlp(sizes, jnp.tanh)._replace(init=init)
 
 
-def _entries(states, square):
-    """A leaf's entries in `DeepMomentumState`: with period 1 the working weights are the state."""
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _cosines(inputs: int, outputs: int, dtype) -> Float[Array, "i o"]:
+    """A first layer without chance: cosines of evenly spread frequencies, orthonormal if i >= o.
+
+    Entries have the variance 1 / i of a random layer, which it equals in use and outdoes in cost:
+    drawing normal numbers would be most of the time it takes to compile an optimizer's start.
+    """
+    longest = max(inputs, outputs)
+    place = jnp.arange(inputs, dtype=dtype)[:, None] + 0.5
+    frequency = (jnp.arange(outputs) * longest // outputs).astype(dtype)[None, :] + 0.5
+    return jnp.sqrt(2 / inputs).astype(dtype) * jnp.cos(jnp.pi / longest * place * frequency)
+
+
+def _fields(states, square, absent):
+    """A leaf's fields of `DeepMomentumState`: with period 1 the working weights are the state."""
     weights = {name: state.carry.weights for name, state in states.items()}
-    return weights["average"], square, weights.get("deep", ())
+    return weights["average"], square, weights.get("deep", absent)
 
 
 def _learns(leaf) -> bool:
@@ -222,15 +259,3 @@ def _mean_square(gradient: Float[Array, "..."]) -> Float[Array, ""]:
 def _root(square: Float[Array, ""]) -> Float[Array, ""]:
     """The scale of a stream, 1 where its mean square is not a normal number."""
     return jnp.sqrt(jnp.where(square >= jnp.finfo(square.dtype).tiny, square, 1))
-
-
-def _share(decay: Gate, ticks: Int[Array, ""], dtype) -> Float[Array, ""]:
-    """Of the newest of `ticks` values in a debiased average: (1 - b) / (1 - b^t), 1 / t if b = 1.
-
-    Written with logarithms, so that the first share is 1 to the bit.
-    """
-    log = jnp.log(jnp.asarray(decay, dtype))
-    ticks = ticks.astype(dtype)
-    below = log < 0
-    log = jnp.where(below, log, -1)
-    return jnp.where(below, jnp.expm1(log) / jnp.expm1(ticks * log), 1 / ticks)

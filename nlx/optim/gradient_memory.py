@@ -6,15 +6,16 @@ from typing import Any
 
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from nlx import writes
 from nlx.clock import Clock
 from nlx.level import Association, associative_memory
 from nlx.memories import Memory
-from nlx.optim.level import as_transformation
+from nlx.optim.level import levelwise
 
 Gate = float | Float[Array, ""]
+Schedule = Callable[[Int[Array, ""]], Float[Array, ""]]
 Map = Callable[[Float[Array, "..."]], Any]
 
 
@@ -28,9 +29,9 @@ def gradient_memory(
     *,
     features: Map = _same,
     target: Map = _same,
-    rate: Gate = 1.0,
-    retain: Gate = 1.0,
-    erase: Gate | None = None,
+    rate: Gate | Schedule = 1.0,
+    retain: Gate | Schedule = 1.0,
+    erase: Gate | Schedule | None = None,
     readout: Callable[[Callable[[Any], Any], Float[Array, "..."]], Any] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """A memory, one for each leaf, that stores the stream of its gradients u and gives the update.
@@ -39,14 +40,15 @@ def gradient_memory(
     update = readout(m_phi, u)
 
     With a constant memory and the dot objective this is `optax.trace(retain)`, to the bit, in an
-    accumulator of at least float32; with rate 1 - b and the L2 objective it is an average,
-    `optax.ema(b, debias=False)`.
+    accumulator of at least float32; with the L2 objective it is an average: rate 1 - b gives
+    `optax.ema(b, debias=False)`, rate `debiased(b)` the debiased one.
 
     memory: leaf -> `Memory` of that shape and dtype, for instance `memories.constant`.
     objective: (output, value) -> scalar, what storing means (`nlx.objectives`).
     features, target: u -> the key, and the value stored under it; both u itself if not given.
     rate: >= 0. retain: in [0, 1]. erase: >= 0, along z = memory.inputs(phi, key), a vector for each
-        weight matrix; None: nothing is erased. Numbers, or scalars that may be traced.
+        weight matrix; None: nothing is erased. Numbers, scalars that may be traced, or schedules:
+        functions of the tick, 0 at first.
     readout: (read, u) -> update, with read(query) what the memory recalls after the write; recalls
         features(u) if not given. `lambda read, u: u + b * read(u)` is Nesterov momentum.
 
@@ -65,17 +67,39 @@ def gradient_memory(
         write = writes.gated(None if erase is None else stored.inputs, momentum=False)
         return associative_memory(stored, objective, write, Clock(1))
 
-    def context(gradient, param):
+    def context(gradient, param, tick):
         del param
         gates = {"rate": rate, "retain": retain, "erase": erase}
-        given = {name: jnp.asarray(gate) for name, gate in gates.items() if gate is not None}
+        given = {
+            name: jnp.asarray(gate(tick) if callable(gate) else gate)
+            for name, gate in gates.items()
+            if gate is not None
+        }
         return Association(features(gradient), target(gradient), **given)
 
     def recall(params, gradient):
         stored = memory(gradient)
         return read_out(lambda query: stored.read(params, query), gradient)
 
-    return as_transformation(level, recall, context)
+    return levelwise(level, recall, context)
+
+
+def debiased(decay: Gate) -> Schedule:
+    """The rate of a debiased average: the share of its newest value.
+
+    (1 - b) / (1 - b^t) with t = tick + 1, and 1 / t at b = 1: the plain mean of all values.
+
+    decay: b, in [0, 1]. Written with logarithms, so that the first share is 1 to the bit.
+    """
+
+    def share(tick: Int[Array, ""]) -> Float[Array, ""]:
+        ticks = tick + jnp.ones(())
+        log = jnp.log(jnp.asarray(decay, ticks.dtype))
+        shrinks = log < 0
+        log = jnp.where(shrinks, log, -1)
+        return jnp.where(shrinks, jnp.expm1(log) / jnp.expm1(ticks * log), 1 / ticks)
+
+    return share
 
 
 def check_range(name: str, value: Any, most: float | None = None) -> None:

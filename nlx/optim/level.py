@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int, Key, PyTree
+from jaxtyping import Array, Float, Int, PyTree
 
 from nlx.level import Level, LevelState
 from nlx.writes import Working
@@ -17,7 +17,7 @@ class LevelsState(NamedTuple):
     """State of `as_transformation`."""
 
     tick: Int[Array, ""]  # gradients seen
-    levels: PyTree  # for each leaf a `LevelState`, without what can be told from the rest
+    levels: PyTree  # a `LevelState` of trees like the parameters, without what the rest tells
 
 
 def as_transformation(
@@ -38,60 +38,85 @@ def as_transformation(
     key: integer; seeds the levels' initial parameters, together with the leaf's position.
 
     A level with period 1 and a gated write stores its weights once: heavy-ball momentum costs what
-    `optax.trace` costs. Leaves that are None or masked pass untouched.
+    `optax.trace` costs. The levels of all leaves must have states of one structure. Leaves that are
+    None or masked pass untouched.
     Source: Behrouz et al. (2025), Nested Learning, section 4.2: optimizers are memories.
     """
 
-    def init(param, key):
+    return levelwise(level, readout, lambda gradient, param, tick: context(gradient, param), key)
+
+
+def levelwise(
+    level: Callable[[Any], Level],
+    readout: Callable[[Any, Float[Array, "..."]], Float[Array, "..."]],
+    context: Callable[[Float[Array, "..."], Any, Int[Array, ""]], Any],
+    key: int = 0,
+) -> optax.GradientTransformationExtraArgs:
+    """`as_transformation` whose context also sees the tick: (gradient, parameter, tick)."""
+
+    def init(param, position):
         made = level(param)
-        return (_pack(made, made.start(made.init(key))),)
+        params = made.init(jax.random.fold_in(jax.random.key(key), position))
+        return (_pack(made, made.start(params)),)
 
     def step(entry, gradient, param, tick):
         made = level(gradient if param is None else param)
-        state = made.step(_unpack(made, entry[0], tick), context(gradient, param))
+        state = made.step(_unpack(made, entry[0], tick), context(gradient, param, tick))
         return (_pack(made, state),), readout(state.params, gradient)
 
-    return leafwise(LevelsState, init, step, key)
+    return leafwise(LevelsState, (0,), init, step)
 
 
 def leafwise(
     state_type: Callable[..., Any],
-    init: Callable[[Any, Key[Array, ""]], tuple],
+    empty: tuple,
+    init: Callable[[Any, int], tuple],
     step: Callable[[tuple, Float[Array, "..."], Any, Int[Array, ""]], tuple[tuple, Any]],
-    key: int = 0,
 ) -> optax.GradientTransformationExtraArgs:
     """A transformation that treats every leaf alike and on its own.
 
-    state_type: NamedTuple of a tick and of trees, each with one entry for each leaf.
-    init(param, key) -> the entries of one leaf. step(entries, gradient, param or None, tick) ->
-    (entries, update), the gradient in at least float32. key: as in `as_transformation`.
+    state_type: NamedTuple of a tick and fields. As optax and Flax expect of a state, a field is a
+        tree like the parameters, or several such trees in some structure.
+    empty: the structure of the fields where there are no parameters at all.
+    init(param, position) -> the fields of one leaf, arrays in that structure; position: its number.
+    step(fields, gradient, param or None, tick) -> (fields, update): one leaf, one gradient, which
+        comes in at least float32.
     """
-    fields = range(len(state_type._fields) - 1)  # pyright: ignore[reportFunctionMemberAccess]
 
-    def assemble(tick, tree, entries):
-        return state_type(tick, *(tree.unflatten([entry[i] for entry in entries]) for i in fields))
+    def assemble(tick, tree, inner, entries):
+        rows = [inner.flatten_up_to(entry) for entry in entries]
+        fields = [tree.unflatten([row[i] for row in rows]) for i in range(inner.num_leaves)]
+        return state_type(tick, *inner.unflatten(fields))
 
     def init_fn(params):
         leaves, tree = jax.tree.flatten(params, is_leaf=_is_none)
-        keys = jax.random.split(jax.random.key(key), len(leaves))
-        entries = [
-            (None,) * len(fields) if leaf is None else init(leaf, leaf_key)
-            for leaf, leaf_key in zip(leaves, keys, strict=True)
-        ]
-        return assemble(jnp.zeros((), jnp.int32), tree, entries)
+        made = [None if leaf is None else init(leaf, i) for i, leaf in enumerate(leaves)]
+        inners = [jax.tree.structure(entry) for entry in made if entry is not None]
+        inner = inners[0] if inners else jax.tree.structure(empty)
+        if any(other != inner for other in inners):
+            raise ValueError(
+                f"`level` must give every leaf a state of one structure, got {inners}."
+            )
+        nothing = inner.unflatten([None] * inner.num_leaves)
+        entries = [nothing if entry is None else entry for entry in made]
+        return assemble(jnp.zeros((), jnp.int32), tree, inner, entries)
 
     def update_fn(updates, state: Any, params=None, **extra_args):
         del extra_args
         gradients, tree = jax.tree.flatten(updates, is_leaf=_is_none)
-        entries = list(zip(*(tree.flatten_up_to(column) for column in state[1:]), strict=True))
+        tick, first = increment(state.tick), next((g for g in gradients if g is not None), None)
+        if first is None:
+            return updates, state._replace(tick=tick)
+        inner = jax.tree.structure(jax.eval_shape(lambda: init(first, 0)))
+        columns = [tree.flatten_up_to(field) for field in inner.flatten_up_to(tuple(state[1:]))]
+        entries = [inner.unflatten(row) for row in zip(*columns, strict=True)]
         weights = [None] * len(gradients) if params is None else tree.flatten_up_to(params)
         for i, (gradient, param) in enumerate(zip(gradients, weights, strict=True)):
             if gradient is not None:
                 wide = gradient.astype(wide_dtype(gradient))
                 entries[i], update = step(entries[i], wide, param, state.tick)
                 gradients[i] = update.astype(gradient.dtype)
-        after = assemble(increment(state.tick), tree, entries)
-        return tree.unflatten(gradients), after
+        return tree.unflatten(gradients), assemble(tick, tree, inner, entries)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 

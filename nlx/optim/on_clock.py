@@ -35,10 +35,12 @@ def on_clock(
     reduce: "mean", as `optax.MultiSteps`, or "sum". Gradients are collected in at least float32.
 
     It is the level of a parameter under the task's loss with a summed write. Raises ValueError for
-    any other `reduce`.
+    any other `reduce`, TypeError for a clock that is none.
     Source: Behrouz et al. (2025), Nested Learning, eq. 71 (there the sum).
     """
-    writes.summed(rule, reduce)
+    if not isinstance(clock, Clock):
+        raise TypeError(f"`clock` must be an nlx.Clock, got {clock!r}.")
+    collected = writes.summed(rule, reduce)
     if clock.period is None:
         return optax.with_extra_args_support(optax.set_to_zero())
     rule = optax.with_extra_args_support(rule)
@@ -54,7 +56,7 @@ def on_clock(
         return Level(optax.tree.zeros_like, _inner_product, write, clock)
 
     def init_fn(params):
-        return OnClockState(jnp.zeros((), jnp.int32), writes.summed(rule, reduce).init(params))
+        return OnClockState(jnp.zeros((), jnp.int32), collected.init(params))
 
     def update_fn(updates, state: Any, params=None, **extra_args):
         tick = 0 if clock.period == 1 else state.tick
