@@ -24,7 +24,7 @@ Axes: ``[..., c]`` for gates, ``[..., c, i]`` for vectors, ``[..., i, o]`` for w
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +32,14 @@ from jax import Array
 from jaxtyping import Bool, Float, Int
 
 from nlx_kernels._solve import interval_products, unit_lower_inverse
+
+
+Tree = TypeVar("Tree")
+
+
+def materialise(tree: Tree) -> Tree:
+    """Keeps XLA from computing arrays anew inside every fusion that reads them."""
+    return jax.lax.optimization_barrier(tree)
 
 
 class Piece(NamedTuple):
@@ -103,12 +111,13 @@ def make_decay(
     """Computes every product of gates a piece needs."""
     A, A0, before_A, before_A0 = _products(retain, piece)
     if momentum is None:
-        return Decay(A, A0, None, None, A, None, before_A, before_A, before_A0, None)
+        decay = Decay(A, A0, None, None, A, None, before_A, before_A, before_A0, None)
+        return materialise(decay)
     M, M0, _, _ = _products(momentum, piece)
     ends = jnp.concatenate([M, M0[..., None]], -1)
     now, before = A @ ends, before_A @ ends
     c, B0, before_c, before_B0 = now[..., :-1], now[..., -1], before[..., :-1], before[..., -1]
-    return Decay(A, A0, M, M0, c, B0, before_A, before_c, before_A0, before_B0)
+    return materialise(Decay(A, A0, M, M0, c, B0, before_A, before_c, before_A0, before_B0))
 
 
 def _products(gate: Float[Array, "*n c"], piece: Piece):
@@ -147,7 +156,7 @@ def solve_write(
     target = decay.before_A0[..., None] * (z @ weights) - (decay.before_c * gram) @ delta
     if momentum is not None and decay.before_B0 is not None:
         target += decay.before_B0[..., None] * (z @ momentum)
-    system = decay.before_A * gram * erase[..., None, :]
+    system = materialise(decay.before_A * gram * erase[..., None, :])
     return Write(z, delta, erase[..., None] * (unit_lower_inverse(system) @ target))
 
 

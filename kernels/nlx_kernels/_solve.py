@@ -69,7 +69,8 @@ def unit_lower_inverse(a: Float[Array, "*n c c"]) -> Float[Array, "*n c c"]:
 def _(primals, tangents):
     x = unit_lower_inverse(*primals)
     (slope,) = tangents
-    return x, -x @ (jnp.tril(slope, -1) @ x)
+    below = _like(np.tri(x.shape[-1], k=-1, dtype=x.dtype), x[..., 0])
+    return x, -x @ ((below * slope) @ x)
 
 
 def _inverse_under_masks(a: Float[Array, "*n c c"]) -> Float[Array, "*n c c"]:
@@ -79,7 +80,7 @@ def _inverse_under_masks(a: Float[Array, "*n c c"]) -> Float[Array, "*n c c"]:
     for m in (1 << level for level in range((c - 1).bit_length())):
         number = np.arange(c) // m
         joins = (number[:, None] // 2 == number // 2) & (number[:, None] > number)
-        between = jnp.where(_like(joins, a[..., 0]), a, 0)
+        between = _like(joins.astype(a.dtype), a[..., 0]) * a  # a select is slower on a CPU
         x = x - (between if m == 1 else x @ (between @ x))
     return x
 

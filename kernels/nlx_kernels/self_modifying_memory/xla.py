@@ -66,7 +66,8 @@ def _generate(weights, tokens: _Tokens, readouts: _Readouts, form: _Form):
 def _write_piece(memory, tokens: _Tokens, piece, *, readouts: _Readouts, form: _Form):
     """Writes the tokens of a piece to every box and reads the box "memory"."""
     piece = piece._replace(**{name: mask[None, :, None] for name, mask in piece._asdict().items()})
-    q, k, v, retain, rate = _generate(memory.chunk_start, tokens, readouts, form)
+    made = _generate(memory.chunk_start, tokens, readouts, form)
+    q, k, v, retain, rate = _chunk.materialise(made)
     gate = None if tokens.momentum is None else tokens.momentum[None]
     decay = _chunk.make_decay(retain[None], gate, piece)
     target = _chunk.mlp(memory.chunk_start, v[None], form.activation)
@@ -76,6 +77,7 @@ def _write_piece(memory, tokens: _Tokens, piece, *, readouts: _Readouts, form: _
     hidden, weights, momentum = q, [], []
     for layer, (weight, buffer) in enumerate(zip(memory.weights, buffers, strict=True)):
         z, delta = _chunk.direction(trace.inputs[layer], trace.errors[layer], form.clip)
+        z, delta = _chunk.materialise((z, delta))
         erase = rate if form.erase else None
         write = _chunk.solve_write(weight, buffer, z, delta, rate, erase, piece, decay)
         if form.read == "after_write":
