@@ -7,6 +7,7 @@ trains, reads a prompt and decodes: whole == chunked == token by token.
 
 from nlx.nn.attention import Attention as Attention
 from nlx.nn.attention import AttentionState as AttentionState
+from nlx.nn.attention import Lookup as Lookup
 from nlx.nn.block import Block as Block
 from nlx.nn.block import BlockState as BlockState
 from nlx.nn.cms import CMS as CMS
@@ -19,6 +20,7 @@ from nlx.nn.model import LanguageModel as LanguageModel
 from nlx.nn.model import clocks_by_level as clocks_by_level
 from nlx.nn.model import labels_by_level as labels_by_level
 from nlx.nn.model import parameter_count as parameter_count
+from nlx.nn.model import pretraining as pretraining
 from nlx.nn.norm import RMSNorm as RMSNorm
 from nlx.nn.presets import PRESETS as PRESETS
 from nlx.nn.presets import ModelConfig as ModelConfig

@@ -10,6 +10,9 @@ from flax import nnx
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int
 
+from nlx import memories, writes
+from nlx.clock import Clock
+from nlx.level import Level
 from nlx.nn.linear import Linear, check_sizes
 from nlx.nn.segments import positions, segment_index
 
@@ -20,6 +23,23 @@ class AttentionState(NamedTuple):
     key: Float[Array, "b capacity k d"]  # rotated to their positions
     value: Float[Array, "b capacity k d"]
     position: Int[Array, " b"]  # tokens kept: slots from here on are not looked at
+
+
+class Lookup(NamedTuple):
+    """One tick's context of a head: its query, and all keys and values so far, rotated."""
+
+    query: Float[Array, " d"]
+    keys: Float[Array, "n d"]
+    values: Float[Array, "n d"]
+
+
+def softmax_l2(value: Float[Array, " d"], lookup: Lookup) -> Float[Array, ""]:
+    """sum_s softmax_s(q . k_s / sqrt(d)) 1/2 ||value - v_s||^2: what attention's output minimises.
+
+    Source: Behrouz et al. (2025), Nested Learning, Eq. 62.
+    """
+    weights = jax.nn.softmax(lookup.keys @ lookup.query * len(lookup.query) ** -0.5)
+    return 0.5 * jnp.sum(weights[:, None] * jnp.square(value[None] - lookup.values))
 
 
 class Attention(nnx.Module):
@@ -61,6 +81,17 @@ class Attention(nnx.Module):
         self.key = Linear(width, kv_heads * self.head_dim, ("embed", "heads"), rngs=rngs)
         self.value = Linear(width, kv_heads * self.head_dim, ("embed", "heads"), rngs=rngs)
         self.output = Linear(width, width, ("heads", "embed"), rngs=rngs)
+
+    def level(self) -> Level:
+        """One head as a level: a value-less memory under `softmax_l2`, one `Lookup` per token.
+
+        One gradient step of rate 1 solves it exactly from wherever it stands, so every query is
+        answered anew from the context: non-parametric, of infinite frequency.
+        """
+        output = jax.ShapeDtypeStruct((self.head_dim,), self.key.kernel.dtype)
+        return Level(
+            memories.constant(output).init, softmax_l2, writes.gated(momentum=False), Clock(1)
+        )
 
     def init_state(self, batch: int, capacity: int, dtype=None) -> AttentionState:
         """An empty cache.

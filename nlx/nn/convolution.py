@@ -1,10 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Causal depthwise convolution with the past it needs as its state."""
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from nlx import memories, objectives, writes
+from nlx.clock import Clock
+from nlx.level import Level, associative_memory
 from nlx.nn.linear import check_sizes, normal
 from nlx.nn.segments import segment_index
 
@@ -22,6 +26,17 @@ class Convolution(nnx.Module):
         """channels: of x and y. taps: tokens seen, this one included."""
         check_sizes(channels=channels, taps=taps)
         self.kernel = normal(rngs, (taps, channels), (None, "heads"), taps**-0.5)
+
+    def level(self) -> Level:
+        """The window as a level: a constant memory given the next window with rate 1, retain 0."""
+        taps, channels = self.kernel.shape
+        window = jax.ShapeDtypeStruct((taps - 1, channels), self.kernel.dtype)
+        return associative_memory(
+            memories.constant(window),
+            objectives.dot_product,
+            writes.gated(momentum=False),
+            Clock(1),
+        )
 
     def init_state(self, batch: int, dtype=None) -> Window:
         """No past. batch: rows. dtype: of x, None for that of the parameters."""

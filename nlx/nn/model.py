@@ -5,10 +5,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from flax import nnx
 from jaxtyping import Array, Float, Int, PyTree
 
+from nlx import writes
 from nlx.clock import Clock
+from nlx.level import Level
+from nlx.nest import Nest
 from nlx.nn.attention import Attention
 from nlx.nn.block import Block, BlockState
 from nlx.nn.cms import CMS
@@ -17,6 +21,7 @@ from nlx.nn.hope import SelfModifying
 from nlx.nn.linear import Embedding, Linear
 from nlx.nn.norm import RMSNorm
 from nlx.nn.presets import ModelConfig
+from nlx.train import language_model_loss
 
 ModelState = tuple[BlockState, ...]
 
@@ -162,6 +167,37 @@ def labels_by_level(model: nnx.Module) -> PyTree[str]:
 def clocks_by_level(model: nnx.Module) -> dict[str, Clock]:
     """The clock of every label of `labels_by_level`, in steps of the optimizer."""
     return {"outer": Clock(1)} | {f"cms_{n}": clock for _, n, clock in _clocked(model)}
+
+
+def pretraining(model: nnx.Module, rule: optax.GradientTransformation) -> Nest:
+    """Pre-training as a nest of the levels of `labels_by_level`, one tick a batch.
+
+    Each holds {path: parameter}, starts where the model stands, and learns by the mean gradient of
+    its period, under one shared objective: the loss of the next token. Its contexts are batches as
+    `nlx.train.language_model_loss` takes them, its output is the loss before the step. It equals a
+    train step whose rules run on their clocks (`nlx.optim.on_clock`).
+
+    rule: of every level, an optax transformation.
+    """
+    graphdef, params = nnx.split(model)
+    task = language_model_loss(graphdef)
+    placed, tree = jax.tree_util.tree_flatten_with_path(params)
+    paths = [jax.tree_util.keystr(path) for path, _ in placed]
+    labels = jax.tree.leaves(labels_by_level(model))
+
+    def part(label: str) -> dict[str, Array]:
+        mine = zip(paths, placed, labels, strict=True)
+        return {path: leaf for path, (_, leaf), level in mine if level == label}
+
+    def next_token_loss(params_by_name, batch):
+        whole = {path: leaf for part in params_by_name.values() for path, leaf in part.items()}
+        return task(jax.tree.unflatten(tree, [whole[path] for path in paths]), batch)
+
+    levels = {
+        label: Level(lambda key, label=label: part(label), None, writes.summed(rule), clock)
+        for label, clock in clocks_by_level(model).items()
+    }
+    return Nest(levels, lambda params, batch: (next_token_loss(params, batch), {}), next_token_loss)
 
 
 def parameter_count(model: nnx.Module) -> int:

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int, PyTree
 from nlx import writes
 from nlx.clock import Clock
 from nlx.level import Level, LevelState
+from nlx.memories import constant
 from nlx.optim.level import increment
 from nlx.writes import Pending
 
@@ -53,7 +54,7 @@ def on_clock(
             return rule.update(updates, state, weights, **extra_args)
 
         write = writes.summed(optax.GradientTransformation(rule.init, update), reduce)
-        return Level(optax.tree.zeros_like, _inner_product, write, clock)
+        return Level(constant(weights).init, _inner_product, write, clock)
 
     def init_fn(params):
         return OnClockState(jnp.zeros((), jnp.int32), collected.init(params))

@@ -7,7 +7,7 @@ import optax
 import pytest
 from flax import nnx
 
-from nlx import nn, train
+from nlx import nn, optim, train
 
 CONFIG = nn.ModelConfig(
     mixer="attention",
@@ -112,3 +112,29 @@ def test_a_model_learns_a_sequence_by_heart_and_compiles_once():
     assert losses[-1] < 0.1
     assert len(traced) == 1
     assert {"update_norm/outer", "update_norm/cms_0", "update_norm/cms_1"} < set(metrics)
+
+
+def test_pretraining_as_a_nest_is_the_train_step_on_clocks(x64):
+    """The levels of the model, ticked by batches, and optax rules on clocks: one function."""
+    model = nn.LanguageModel(CONFIG, rngs=nnx.Rngs(0))
+    graphdef, params = nnx.split(model)
+    rule = optax.sgd(0.3, momentum=0.9)
+    nest = nn.pretraining(model, rule)
+    clocks = nn.clocks_by_level(model)
+    tx = optax.partition(
+        {label: optim.on_clock(rule, clock) for label, clock in clocks.items()},
+        nn.labels_by_level(model),
+    )
+    step = jax.jit(train.make_train_step(train.language_model_loss(graphdef), tx))
+    state = train.init_train_state(params, tx)
+    batches = {"tokens": jax.random.randint(jax.random.key(1), (7, 2, 9), 0, 16)}
+    states, tick = nest.start(nest.init(jax.random.key(0)), jnp.int32(0)), jax.jit(nest.step)
+    for t in range(7):
+        batch = jax.tree.map(lambda x, t=t: x[t], batches)
+        state, metrics = step(state, batch)
+        states, loss = tick(states, batch)
+        np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-9)
+    found = {path: leaf for level in states.values() for path, leaf in level.params.items()}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state.params):
+        expected = found[jax.tree_util.keystr(path)]
+        np.testing.assert_allclose(leaf, expected, rtol=1e-9, atol=1e-12)

@@ -8,6 +8,8 @@ from flax import nnx
 
 from nlx import nn, ops
 from nlx.clock import Clock
+from nlx.level import Association
+from nlx.nn.attention import rotate
 
 
 def random(*shape, seed=0):
@@ -21,7 +23,7 @@ def close(a, b, tolerance=1e-12):
 def test_attention_is_its_equation(x64):
     attention = nn.Attention(8, heads=2, kv_heads=1, rngs=nnx.Rngs(0))
     x = np.asarray(random(1, 5, 8))
-    y, state = attention(jnp.asarray(x))
+    y, state = jax.jit(attention.__call__)(jnp.asarray(x))
     assert state is None
     kernel = lambda part: np.asarray(getattr(attention, part).kernel[...])
     q, k, v = x[0] @ kernel("query"), x[0] @ kernel("key"), x[0] @ kernel("value")
@@ -44,28 +46,58 @@ def test_attention_is_its_equation(x64):
     close(y[0], np.concatenate(heads, axis=1) @ kernel("output"))
 
 
+def test_attention_is_its_level(x64):
+    """One token's write, from any parameters, is what the head reads: Eq. 62 solved exactly."""
+    attention = nn.Attention(8, heads=2, rngs=nnx.Rngs(0))
+    x = random(1, 5, 8)
+    attention.output.kernel[...] = jnp.eye(8)
+    y, _ = jax.jit(lambda x: attention(x))(x)
+    split = lambda part: rotate(part(x).reshape(1, 5, 2, 4), jnp.arange(5)[None], 10_000.0)[0]
+    values = attention.value(x).reshape(5, 2, 4)
+    level = attention.level()
+    for head in range(2):
+        lookup = nn.Lookup(
+            split(attention.query)[4, head], split(attention.key)[:, head], values[:, head]
+        )
+        state = level.step(level.start(random(4, seed=9)), lookup)
+        close(state.params, y[0, 4].reshape(2, 4)[head])
+
+
+def test_convolution_is_its_level(x64):
+    convolution = nn.Convolution(3, rngs=nnx.Rngs(0))
+    x = random(1, 6, 3)
+    level = convolution.level()
+    state = level.start(level.init(jax.random.key(0)))
+    for t in range(6):
+        window = jnp.concatenate([state.params[1:], x[0, t : t + 1]])
+        one, none = jnp.ones(()), jnp.zeros(())
+        state = level.step(state, Association((), window, rate=one, retain=none))
+    _, window = convolution(x)
+    close(state.params, window[0])
+
+
 def test_attention_keeps_only_the_running_segment(x64):
     attention = nn.Attention(8, heads=2, rngs=nnx.Rngs(0))
     x = random(2, 9, 8)
     segment_ids = jnp.array([[1] * 3 + [2] * 6, [1] * 7 + [2] * 2])
-    whole, _ = attention(x, None, segment_ids)
+    run = jax.jit(lambda x, state, segment_ids: attention(x, state, segment_ids))
+    whole, _ = run(x, None, segment_ids)
     state = attention.init_state(2, 6)
     pieces = []
     for start, stop in ((0, 2), (2, 5), (5, 8), (8, 9)):
-        y, state = attention(x[:, start:stop], state, segment_ids[:, start:stop])
+        y, state = run(x[:, start:stop], state, segment_ids[:, start:stop])
         pieces.append(y)
         if stop == 8:
             np.testing.assert_array_equal(state.position, [5, 1])
-    # the second piece of row 1 begins no segment, the third of row 1 begins one inside
     close(jnp.concatenate(pieces, axis=1), whole)
-    alone, _ = attention(x[:1, 3:])
+    alone, _ = run(x[:1, 3:], None, None)
     close(whole[0, 3:], alone[0])
 
 
 def test_attention_says_when_its_cache_is_full():
     attention = nn.Attention(8, heads=2, rngs=nnx.Rngs(0))
     state = attention.init_state(1, 4)
-    _, state = attention(random(1, 3, 8), state)
+    _, state = jax.jit(lambda x, state: attention(x, state))(random(1, 3, 8), state)
     with pytest.raises(ValueError, match="`capacity` is 4; it must be at least 5"):
         attention(random(1, 2, 8), state)
     with pytest.raises(ValueError, match="`capacity` is 4; it must be at least 5"):
@@ -75,7 +107,7 @@ def test_attention_says_when_its_cache_is_full():
 def test_attention_keeps_its_cache_in_the_dtype_of_its_input():
     attention = nn.Attention(8, heads=2, rngs=nnx.Rngs(0))
     state = attention.init_state(1, 4, jnp.bfloat16)
-    y, after = attention(random(1, 2, 8).astype(jnp.bfloat16), state)
+    y, after = jax.eval_shape(attention, jnp.zeros((1, 2, 8), jnp.bfloat16), state)
     assert y.dtype == after.key.dtype == after.value.dtype == jnp.bfloat16
 
 
@@ -95,19 +127,20 @@ def test_convolution_splits_anywhere_and_forgets_other_segments(cut, x64):
     convolution = nn.Convolution(3, rngs=nnx.Rngs(0))
     x = random(2, 7, 3)
     segment_ids = jnp.array([[1, 1, 1, 4, 4, 4, 4], [1, 1, 1, 1, 1, 1, 2]])
-    whole, last = convolution(x, None, segment_ids)
-    first, state = convolution(x[:, :cut], None, segment_ids[:, :cut])
-    second, state = convolution(x[:, cut:], state, segment_ids[:, cut:])
+    run = jax.jit(lambda x, state, segment_ids: convolution(x, state, segment_ids))
+    whole, last = run(x, None, segment_ids)
+    first, state = run(x[:, :cut], None, segment_ids[:, :cut])
+    second, state = run(x[:, cut:], state, segment_ids[:, cut:])
     close(jnp.concatenate([first, second], axis=1), whole)
     close(state, last)
-    alone, _ = convolution(x[:1, 3:])
+    alone, _ = run(x[:1, 3:], None, None)
     close(whole[0, 3:], alone[0])
 
 
 def test_cms_is_a_chain_of_residual_blocks(x64):
     cms = nn.CMS(4, 6, [Clock(1), Clock(2)], rngs=nnx.Rngs(0))
     x = random(1, 3, 4)
-    y, state = cms(x, ())
+    y, state = jax.jit(lambda x: cms(x, ()))(x)
     assert state == ()
     expected = x
     for level in cms.levels:

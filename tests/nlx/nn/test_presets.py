@@ -15,6 +15,11 @@ TINY = nn.ModelConfig(
 )
 
 
+@pytest.fixture(scope="module")
+def tiny():
+    return nn.LanguageModel(TINY, rngs=nnx.Rngs(0))
+
+
 def abstract(config):
     return nnx.eval_shape(lambda: nn.LanguageModel(config, rngs=nnx.Rngs(0)))
 
@@ -81,16 +86,15 @@ def test_bad_field_gets_a_sentence(fields, sentence):
         (lambda m: m.init_state(1, -1), ValueError, "`capacity` is -1; it must be an integer >= 1"),
     ],
 )
-def test_bad_call_gets_a_sentence(call, kind, sentence):
+def test_bad_call_gets_a_sentence(tiny, call, kind, sentence):
     with pytest.raises(kind, match=sentence):
-        call(nn.LanguageModel(TINY, rngs=nnx.Rngs(0)))
+        call(tiny)
 
 
-def test_capacity_is_what_attention_keeps_and_nothing_to_hope():
+def test_capacity_is_what_attention_keeps_and_nothing_to_hope(tiny):
     sizes = lambda state: [leaf.shape for leaf in jax.tree.leaves(state)]
-    attention = nn.LanguageModel(TINY, rngs=nnx.Rngs(0))
-    assert sizes(attention.init_state(2, 5)) == [(2, 5, 2, 4), (2, 5, 2, 4), (2,)]
-    assert sizes(attention.init_state(2))[0] == (2, TINY.context, 2, 4)
+    assert sizes(tiny.init_state(2, 5)) == [(2, 5, 2, 4), (2, 5, 2, 4), (2,)]
+    assert sizes(tiny.init_state(2))[0] == (2, TINY.context, 2, 4)
     hope = nn.LanguageModel(
         dataclasses.replace(TINY, mixer="self_modifying", feed_forward="cms"), rngs=nnx.Rngs(0)
     )
@@ -122,8 +126,10 @@ def test_bfloat16_stays_where_it_is_safe(name):
 
 def test_bfloat16_computes_about_the_same():
     tokens = jax.random.randint(jax.random.key(1), (2, 12), 0, 16)
-    wide, _ = nn.LanguageModel(TINY, rngs=nnx.Rngs(0))(tokens)
-    narrow, _ = nn.LanguageModel(dataclasses.replace(TINY, bfloat16=True), rngs=nnx.Rngs(0))(tokens)
+    run = jax.jit(
+        lambda config: nn.LanguageModel(config, rngs=nnx.Rngs(0))(tokens)[0], static_argnums=0
+    )
+    wide, narrow = run(TINY), run(dataclasses.replace(TINY, bfloat16=True))
     assert 0 < jnp.abs(wide - narrow).max() < 0.1
 
 
@@ -132,22 +138,22 @@ def test_tied_model_reads_out_with_its_embedding():
     model = nn.LanguageModel(config, rngs=nnx.Rngs(0))
     untied = nn.parameter_count(abstract(TINY))
     assert nn.parameter_count(model) == untied - config.vocabulary * config.width
-    tokens = jnp.arange(4)[None]
-    before, _ = model(tokens)
-    model.embedding.table[...] = model.embedding.table[...].at[9].add(1.0)
-    after, _ = model(tokens)
+    graphdef, params = nnx.split(model)
+    run = jax.jit(lambda params: nnx.merge(graphdef, params)(jnp.arange(4)[None])[0])
+    before = run(params)
+    params.embedding.table[...] = params.embedding.table[...].at[9].add(1.0)
+    after = run(params)
     moved = jnp.abs(after - before).max(axis=(0, 1))
     assert moved[9] > 0.1
     np.testing.assert_array_equal(jnp.delete(moved, 9), 0)
 
 
-def test_float32_whole_is_token_by_token():
-    model = nn.LanguageModel(TINY, rngs=nnx.Rngs(0))
+def test_float32_whole_is_token_by_token(tiny):
     tokens = jax.random.randint(jax.random.key(1), (2, 12), 0, 16)
-    whole, _ = model(tokens)
-    state, pieces = model.init_state(2, 12), []
-    decode = jax.jit(lambda token, state: model(token, state))
+    run = jax.jit(lambda tokens, state: tiny(tokens, state))
+    whole, _ = run(tokens, None)
+    state, pieces = tiny.init_state(2, 12), []
     for t in range(12):
-        logits, state = decode(tokens[:, t : t + 1], state)
+        logits, state = run(tokens[:, t : t + 1], state)
         pieces.append(logits)
     np.testing.assert_allclose(jnp.concatenate(pieces, axis=1), whole, rtol=1e-5, atol=1e-5)

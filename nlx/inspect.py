@@ -1,0 +1,215 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The white box: levels of a model or an optimizer as a table, read off its Levels and Nests."""
+
+import functools
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import optax
+from flax import nnx
+
+from nlx.clock import Clock
+from nlx.level import Level
+from nlx.nest import Nest
+from nlx.nn.model import pretraining
+from nlx.writes import Write
+
+
+class Row(NamedTuple):
+    """One level, and how often a model has it."""
+
+    name: str  # path of the module, an index that runs over equal ones written *
+    copies: int  # heads and layers
+    parameters: int  # numbers it learns or keeps, all copies together
+    context: str  # what one tick shows it
+    objective: str
+    write: str  # the factory in `nlx.writes`, with what it was given
+    clock: str
+    order: int  # of in-context learning
+
+
+def levels(thing: Any, params: Any = None) -> list[Row]:
+    """The levels of a model or an optimizer, slowest first in each nest.
+
+    A model: pre-training, which is `nlx.nn.pretraining`, then every module with a method `level` or
+    `nest`, one for each of its `heads`. An optimizer: the functions `level` and `nest` among
+    its closures, one for each leaf of `params`. The order is 0 for what learns from
+    batches; in a context, tokens or gradients, it is the rank of the level's frequency in its nest,
+    the slowest being 1.
+
+    thing: a Flax NNX module, or any optax transformation. params: what the optimizer is for.
+    Raises TypeError for anything else, and for an optimizer without `params`.
+    """
+    if isinstance(thing, nnx.Module):
+        rows = _of_nest("", pretraining(thing, optax.identity()), "step", 1, in_context=False)
+        for path, module in nnx.iter_modules(thing):
+            if (nest := _own_nest(module)) is not None:
+                name, copies = ".".join(map(str, path)), getattr(module, "heads", 1)
+                rows += _of_nest(name, nest, "token", copies, in_context=True)
+        return _together(rows)
+    if not isinstance(thing, optax.GradientTransformation):
+        raise TypeError(
+            f"`thing` is of type {type(thing).__name__}; it must be a Module or an "
+            "optax transformation."
+        )
+    if params is None:
+        raise TypeError("`params` is None; it must be the parameters that the optimizer is for.")
+    return _together(
+        [
+            row
+            for leaf in jax.tree.leaves(params)
+            for name, nest in _nests_of(thing, leaf)
+            for row in _of_nest(name, nest, "step", 1, in_context=True)
+        ]
+    )
+
+
+def table(rows: Iterable[Row]) -> str:
+    """The rows as a text table with a header."""
+    head = ("level", "copies", "parameters", "context", "objective", "write", "clock", "order")
+    cells = [head] + [tuple(_text(value) for value in row) for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    right = [name in ("copies", "parameters", "order") for name in head]
+    lines = [
+        "  ".join(
+            cell.rjust(width) if number else cell.ljust(width)
+            for cell, width, number in zip(line, widths, right, strict=True)
+        ).rstrip()
+        for line in cells
+    ]
+    return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
+
+
+def _of_nest(prefix: str, nest: Nest, unit: str, copies: int, *, in_context: bool) -> list[Row]:
+    """The rows of a nest whose ticks are tokens or steps."""
+    periods = sorted({_period(level.clock) for level in nest.levels.values()}, reverse=True)
+    order = {period: 1 + rank if in_context else 0 for rank, period in enumerate(periods)}
+    rows = [
+        Row(
+            name=".".join(filter(None, (prefix, name))),
+            copies=copies,
+            parameters=copies * _size(level),
+            context=_context(level.loss or nest.loss, unit),
+            objective=_objective(level.loss or nest.loss),
+            write=_write(level.write),
+            clock=_clock(level.clock, unit),
+            order=order[_period(level.clock)],
+        )
+        for name, level in sorted(nest.levels.items(), key=lambda item: -_period(item[1].clock))
+    ]
+    return rows
+
+
+def _alone(level: Level) -> Nest:
+    """A level as a nest of its own, of no further name."""
+    return Nest({"": level}, lambda params, context: (None, {"": context}))
+
+
+def _own_nest(module: nnx.Module) -> Nest | None:
+    """What a module says it is, of itself."""
+    nest, level = getattr(module, "nest", None), getattr(module, "level", None)
+    return nest() if nest is not None else None if level is None else _alone(level())
+
+
+def _nests_of(tx: optax.GradientTransformation, leaf: Any) -> list[tuple[str, Nest]]:
+    """(factory, nest) for every function `level` or `nest` of a leaf that `tx` is made of."""
+    found = []
+    for function in _reachable(tx):
+        if function.__name__ in ("level", "nest"):
+            more = (
+                len(inspect.signature(function).parameters) - 1
+            )  # extra arguments, if it takes them
+            made = function(leaf, *[{}] * more)
+            if isinstance(made, Level | Nest):
+                factory = function.__qualname__.split(".")[0]
+                found.append((factory, _alone(made) if isinstance(made, Level) else made))
+    return found
+
+
+def _reachable(root: Any) -> list[Callable]:
+    """All functions that closures, containers and partials lead to, each once."""
+    functions, queue, seen = [], [root], set()
+    while queue:
+        thing = queue.pop(0)
+        if id(thing) in seen:
+            continue
+        seen.add(id(thing))
+        if isinstance(thing, Mapping):
+            queue += thing.values()
+        elif isinstance(thing, tuple | list):
+            queue += thing
+        elif isinstance(thing, functools.partial):
+            queue += [thing.func, *thing.args, *thing.keywords.values()]
+        elif inspect.isfunction(thing):
+            functions.append(thing)
+            queue += inspect.getclosurevars(thing).nonlocals.values()
+    return functions
+
+
+def _together(rows: Sequence[Row]) -> list[Row]:
+    """Rows that differ only in an index of their path, as one."""
+    groups: dict[tuple, list[Row]] = {}
+    for row in rows:
+        name = ".".join("*" if part.isdigit() else part for part in row.name.split("."))
+        groups.setdefault((name, row[3:]), []).append(row)
+    return [
+        Row(name, sum(row.copies for row in group), sum(row.parameters for row in group), *rest)
+        for (name, rest), group in groups.items()
+    ]
+
+
+def _period(clock: Clock) -> float:
+    return float("inf") if clock.period is None else clock.period
+
+
+def _size(level: Level) -> int:
+    """Numbers in the level's parameters."""
+    made = jax.eval_shape(level.init, jax.random.key(0))
+    return sum(leaf.size for leaf in jax.tree.leaves(made))
+
+
+def _clock(clock: Clock, unit: str) -> str:
+    if clock.period is None:
+        return "never"
+    return f"every {unit}" if clock.period == 1 else f"{clock.period} {unit}s"
+
+
+def _context(loss: Any, unit: str) -> str:
+    """The name of a loss's last argument."""
+    shown = "context" if loss is None else list(inspect.signature(loss).parameters)[-1]
+    return f"{shown} per {unit}"
+
+
+def _objective(loss: Any) -> str:
+    """The name of the objective, inside what `associative_memory` makes of it."""
+    while isinstance(loss, functools.partial):
+        named = [part for part in loss.args if inspect.isfunction(part)]
+        loss = named[-1] if named else loss.func
+    return "none" if loss is None else loss.__name__.lstrip("_")
+
+
+def _write(write: Write | None) -> str:
+    """The factory of a write, and what it was given, from the closures of its functions."""
+    if write is None:
+        return "none"
+    given: dict[str, Any] = {}
+    for function in filter(None, write):
+        given |= inspect.getclosurevars(function).nonlocals
+    factory = write.init.__qualname__.split(".")[0]
+    return f"{factory}({', '.join(_given(given))})".removesuffix("()")
+
+
+def _given(given: Mapping[str, Any]) -> list[str]:
+    shown = []
+    for name, value in sorted(given.items()):
+        if name in ("erase", "momentum") and value:
+            shown.append(name)
+        elif isinstance(value, str | float) and not isinstance(value, bool):
+            shown.append(f"{name}={value}")
+    return shown
+
+
+def _text(value: Any) -> str:
+    return f"{value:,}" if isinstance(value, int) else value

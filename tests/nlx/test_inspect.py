@@ -1,0 +1,91 @@
+"""The table of levels is read off the objects."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import optax
+import pytest
+from flax import nnx
+
+import nlx.inspect
+from nlx import nn, optim
+from nlx.clock import Clock
+
+CONFIG = nn.ModelConfig(
+    mixer="self_modifying",
+    feed_forward="cms",
+    vocabulary=16,
+    width=8,
+    layers=2,
+    heads=2,
+    hidden=8,
+    cms_periods=(1, 3),
+    memory_hidden=4,
+    chunk_size=2,
+    projection_chunk_size=6,
+)
+
+
+def rows(**fields):
+    config = dataclasses.replace(CONFIG, **fields)
+    model = nn.LanguageModel(config, rngs=nnx.Rngs(0))
+    return model, {row.name: row for row in nlx.inspect.levels(model)}
+
+
+def test_pretraining_holds_every_parameter_once():
+    model, found = rows()
+    outer = [row for row in found.values() if row.order == 0]
+    assert [row.name for row in outer] == ["cms_1", "outer", "cms_0"]
+    assert [row.clock for row in outer] == ["3 steps", "every step", "every step"]
+    assert {row.objective for row in outer} == {"next_token_loss"}
+    assert {row.write for row in outer} == {"summed(reduce=mean)"}
+    assert {row.context for row in outer} == {"batch per step"}
+    assert sum(row.parameters for row in outer) == nn.parameter_count(model)
+
+
+def test_a_transformer_learns_in_context_by_attention_alone():
+    _, found = rows(mixer="attention", feed_forward="swiglu")
+    assert list(found) == ["outer", "blocks.*.mixer"]
+    attention = found["blocks.*.mixer"]
+    assert attention.copies == 2 * 2
+    assert (attention.objective, attention.clock, attention.order) == (
+        "softmax_l2",
+        "every token",
+        1,
+    )
+
+
+def test_an_optimizer_shows_its_levels():
+    params = {"kernel": jnp.zeros((4, 3)), "bias": jnp.zeros(3)}
+    tx = optax.chain(
+        optax.clip(1.0),
+        optax.partition(
+            {"a": optim.dmgd(1e-3), "b": optim.on_clock(optax.adam(1e-3), Clock(4))},
+            {"kernel": "a", "bias": "b"},
+        ),
+    )
+    found = {row.name: row for row in nlx.inspect.levels(tx, params)}
+    assert found["on_clock"].clock == "4 steps"
+    assert found["on_clock"].write == "summed(reduce=mean)"
+    assert found["scale_by_deep_momentum.average"].objective == "l2"
+    assert found["scale_by_deep_momentum.deep"].clock == "every step"
+    assert found["scale_by_deep_momentum.deep"].copies == 1  # a bias has no rows to learn from
+
+
+def test_table_lines_up():
+    _, found = rows(mixer="attention")
+    lines = nlx.inspect.table(found.values()).splitlines()
+    assert lines[0].startswith("level ")
+    assert set(lines[1]) == {"-", " "}
+    assert len(lines) == 2 + len(found)
+    for line, row in zip(lines[2:], found.values(), strict=True):
+        assert line.startswith(row.name)
+        assert line.endswith(str(row.order))
+        assert line.index(row.clock) == lines[0].index("clock")
+
+
+def test_bad_input_gets_a_sentence():
+    with pytest.raises(TypeError, match="`thing` is of type int; it must be a Module or an optax"):
+        nlx.inspect.levels(3)
+    with pytest.raises(TypeError, match="`params` is None; it must be the parameters"):
+        nlx.inspect.levels(optax.sgd(0.1))
