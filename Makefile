@@ -23,7 +23,7 @@ faults: $(VENV)/.ready
 check: $(VENV)/.ready
 	$(BIN)/ruff format $(if $(CI),--check) .
 	$(BIN)/ruff check $(if $(CI),,--fix) .
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 wheel: $(VENV)/.ready
 	$(BIN)/pip wheel -q --no-deps -w dist .
