@@ -103,7 +103,7 @@ def scale_by_deep_momentum(
         states, update = leaf_nest.step(states, moment)
         return _fields(states, square, phi), update
 
-    return leafwise(DeepMomentumState, (0, 0, (0,) * (len(hidden) + 1)), init, step)
+    return leafwise(DeepMomentumState, init, step)
 
 
 def dmgd(

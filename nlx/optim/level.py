@@ -64,12 +64,11 @@ def levelwise(
         state = made.step(_unpack(made, entry[0], tick), context(gradient, param, tick))
         return (_pack(made, state),), readout(state.params, gradient)
 
-    return leafwise(LevelsState, (0,), init, step)
+    return leafwise(LevelsState, init, step)
 
 
 def leafwise(
     state_type: Callable[..., Any],
-    empty: tuple,
     init: Callable[[Any, int], tuple],
     step: Callable[[tuple, Float[Array, "..."], Any, Int[Array, ""]], tuple[tuple, Any]],
 ) -> optax.GradientTransformationExtraArgs:
@@ -77,11 +76,14 @@ def leafwise(
 
     state_type: NamedTuple of a tick and fields. As optax and Flax expect of a state, a field is a
         tree like the parameters, or several such trees in some structure.
-    empty: the structure of the fields where there are no parameters at all.
-    init(param, position) -> the fields of one leaf, arrays in that structure; position: its number.
+    init(param, position) -> the fields of one leaf, in a structure that all leaves share; position:
+        the leaf's number. A tree without leaves is given the structure of a matrix.
     step(fields, gradient, param or None, tick) -> (fields, update): one leaf, one gradient, which
         comes in at least float32.
     """
+
+    def structure(leaf):
+        return jax.tree.structure(jax.eval_shape(init, leaf, 0))
 
     def assemble(tick, tree, inner, entries):
         rows = [inner.flatten_up_to(entry) for entry in entries]
@@ -92,7 +94,7 @@ def leafwise(
         leaves, tree = jax.tree.flatten(params, is_leaf=_is_none)
         made = [None if leaf is None else init(leaf, i) for i, leaf in enumerate(leaves)]
         inners = [jax.tree.structure(entry) for entry in made if entry is not None]
-        inner = inners[0] if inners else jax.tree.structure(empty)
+        inner = inners[0] if inners else structure(jax.ShapeDtypeStruct((2, 2), jnp.float32))
         if any(other != inner for other in inners):
             raise ValueError(
                 f"`level` must give every leaf a state of one structure, got {inners}."
@@ -107,7 +109,7 @@ def leafwise(
         tick, first = increment(state.tick), next((g for g in gradients if g is not None), None)
         if first is None:
             return updates, state._replace(tick=tick)
-        inner = jax.tree.structure(jax.eval_shape(lambda: init(first, 0)))
+        inner = structure(first)
         columns = [tree.flatten_up_to(field) for field in inner.flatten_up_to(tuple(state[1:]))]
         entries = [inner.unflatten(row) for row in zip(*columns, strict=True)]
         weights = [None] * len(gradients) if params is None else tree.flatten_up_to(params)

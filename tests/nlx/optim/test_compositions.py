@@ -101,6 +101,24 @@ def test_nan_is_skipped(make):
     jax.tree.map(np.testing.assert_array_equal, after.inner_state, state.inner_state)
 
 
+def test_state_may_be_donated():
+    tx, params = dmgd(0.1), jax.tree.map(jnp.asarray, PARAMS)
+    updates, _ = jax.jit(tx.update, donate_argnums=1)(params, tx.init(params), params)
+    assert bool(jnp.all(jnp.isfinite(updates["w"])))
+
+
+def test_states_map_like_parameters():
+    """The state is made of trees like the parameters, so that shardings, say, carry over."""
+    tx, params = dmgd(0.1), jax.tree.map(jnp.asarray, PARAMS)
+    names = {"w": "w", "b": "b"}
+    named = optax.tree.map_params(
+        tx, lambda _, name: name, tx.init(params), names, transform_non_params=lambda _: None
+    )
+    second_moment, deep = named[:2]
+    assert second_moment.levels.carry.weights == names
+    assert (deep.mu, deep.scale, deep.phi) == (names, names, (names, names))
+
+
 @pytest.mark.parametrize("make", MAKERS)
 def test_vmap_over_seeds_is_a_loop(make):
     tx = make(0.1)

@@ -201,19 +201,23 @@ LEAVES = {
 
 
 def test_only_leaves_with_rows_learn():
-    state = scale_by_deep_momentum().init({name: jnp.zeros(s) for name, s in LEAVES.items()})
+    leaves = {name: jnp.zeros(shape) for name, shape in LEAVES.items()}
+    state = scale_by_deep_momentum().init(leaves)
     first, last = (jax.tree.map(jnp.shape, layer) for layer in state.phi)
     assert [name for name in LEAVES if first[name]] == ["matrix", "kernel", "row"]
     assert (first["kernel"], last["kernel"]) == ((3, 16), (16, 3))
+    updates, _ = jax.jit(dmgd(0.1).update)(leaves, dmgd(0.1).init(leaves), leaves)
+    jax.tree.map(np.testing.assert_array_equal, updates, leaves)
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("make", [lambda: dmgd(0.1), lambda: dmgd(0.1, precondition=False)])
-def test_extreme_gradients_give_finite_updates(dtype, make):
-    params = {name: jnp.ones(shape, dtype) for name, shape in LEAVES.items()}
+@pytest.mark.parametrize(
+    ("dtype", "precondition"), [("float32", True), ("float32", False), ("bfloat16", True)]
+)
+def test_extreme_gradients_give_finite_updates(dtype, precondition):
+    params = {name: jnp.ones(LEAVES[name], dtype) for name in ("matrix", "scalar", "no_rows")}
     sizes = jnp.array([0.0, 1e-30, 1.0, 1e30, -1e30, 0.0, 1e-3, -1e30, 1.0])
     gradients = jax.vmap(lambda size: optax.tree.scale(size.astype(dtype), params))(sizes)
-    updates, states = run(make(), gradients, params)
+    updates, states = run(dmgd(0.1, precondition=precondition), gradients, params)
     for leaf in jax.tree.leaves((updates, states)):
         assert bool(jnp.all(jnp.isfinite(leaf.astype(jnp.float32)))), leaf
     assert jax.tree.map(lambda u: u.dtype, updates) == jax.tree.map(lambda p: p.dtype, params)

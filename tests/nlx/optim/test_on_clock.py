@@ -35,8 +35,14 @@ def trajectory(tx, steps=8, params=PARAMS, jit=True, **extra):
     return jax.tree.map(lambda *x: jnp.stack(x), *seen)
 
 
-@pytest.mark.parametrize("period", [1, 3])
-@pytest.mark.parametrize("rule", [lambda: optax.adamw(0.1), lambda: dmgd(0.1, weight_decay=0.1)])
+@pytest.mark.parametrize(
+    ("period", "rule"),
+    [
+        (1, lambda: optax.adamw(0.1)),
+        (3, lambda: optax.adamw(0.1)),
+        (2, lambda: dmgd(0.1, weight_decay=0.1)),
+    ],
+)
 def test_mean_is_multi_steps(x64, period, rule):
     _, updates, params, _ = trajectory(on_clock(rule(), Clock(period)))
     multi = optax.MultiSteps(rule(), period, accumulator_dtype=jnp.float64)
