@@ -131,7 +131,7 @@ def write_report(
             "Training loss": loss,
             f"How far each level of {name} moved from its start": levels,
         },
-        sample=sample,
+        blocks={f"{first.preset} writes": sample, "Its levels": learner.levels(first)},
         details={
             **config.to_json(first),
             **(runs.read_json(first.folder / "environment.json") or {}),

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, PyTree, UInt8
 
-from nlx import nn, train
+from nlx import inspect, nn, train
 from nlx.train import TrainState
 from nlx_experiments import optimizers
 from nlx_experiments.checkpoints import Checkpoints
@@ -43,9 +43,19 @@ def build(config: TrainConfig) -> nn.LanguageModel:
         return nn.LanguageModel(config.model, rngs=nnx.Rngs(config.seed))
 
 
+def abstract(config: TrainConfig) -> nn.LanguageModel:
+    """The model with shapes in place of its weights."""
+    return nnx.eval_shape(lambda: build(config))
+
+
+def levels(config: TrainConfig) -> str:
+    """The model's levels as a table."""
+    return inspect.table(inspect.levels(abstract(config)))
+
+
 def make(config: TrainConfig) -> Learner:
     """The functions of `nlx train` for a configuration."""
-    shapes = nnx.eval_shape(lambda: build(config))
+    shapes = abstract(config)
     labels, clocks = nn.labels_by_level(shapes), nn.clocks_by_level(shapes)
     rule = optimizers.make(config, labels, clocks)
     graph = nnx.graphdef(shapes)

@@ -56,7 +56,7 @@ class Page(NamedTuple):
     summary: str
     tables: Sequence[Table]
     pictures: Mapping[str, pathlib.Path]  # caption -> PNG
-    sample: str | None = None
+    blocks: Mapping[str, str] = {}  # heading -> text, shown as it is
     details: Mapping[str, Any] = {}
 
 
@@ -65,8 +65,7 @@ def write(path: pathlib.Path, page: Page) -> None:
     parts = [f"<h1>{_text(page.title)}</h1>", f"<p>{_text(page.summary)}</p>"]
     parts += [_table(t) for t in page.tables]
     parts += [_picture(caption, png) for caption, png in page.pictures.items()]
-    if page.sample is not None:
-        parts.append(f"<h2>A sample</h2><pre>{_text(page.sample)}</pre>")
+    parts += [f"<h2>{_text(k)}</h2><pre>{_text(v)}</pre>" for k, v in page.blocks.items()]
     if page.details:
         rows = [(k, v if isinstance(v, str) else repr(v)) for k, v in page.details.items()]
         parts.append(_table(Table("Details", ("what", "value"), rows)))

@@ -47,13 +47,14 @@ def generate(argv: list[str]) -> None:
 
 def inspect(argv: list[str]) -> None:
     """Prints the levels of a preset or a run."""
-    import nlx
     from nlx_experiments import config, learner
 
     name = _first(argv, "inspect", "PRESET or RUN")
     is_run = (pathlib.Path(name) / "config.json").exists()
     chosen = config.of_run(pathlib.Path(name)) if is_run else config.make(name)
-    print(nlx.inspect.table(nlx.inspect.levels(learner.build(chosen))))
+    if argv[1:]:
+        raise Refused(f"`nlx inspect` takes one name; it was given {' '.join(argv)}.")
+    print(learner.levels(chosen))
 
 
 def experiment(argv: list[str]) -> None:
