@@ -36,8 +36,8 @@ def levels(thing: Any, params: Any = None) -> list[Row]:
     A model: pre-training, which is `nlx.nn.pretraining`, then every module with a method `level` or
     `nest`, one for each of its `heads`. An optimizer: the functions `level` and `nest` among
     its closures, one for each leaf of `params`. The order is 0 for what learns from
-    batches; in a context, tokens or gradients, it is the rank of the level's frequency in its nest,
-    the slowest being 1.
+    batches or not at all; in a context, tokens or gradients, it is the rank of the level's
+    frequency in its nest, the slowest being 1.
 
     thing: a Flax NNX module, or any optax transformation. params: what the optimizer is for.
     Raises TypeError for anything else, and for an optimizer without `params`.
@@ -84,8 +84,9 @@ def table(rows: Iterable[Row]) -> str:
 
 def _of_nest(prefix: str, nest: Nest, unit: str, copies: int, *, in_context: bool) -> list[Row]:
     """The rows of a nest whose ticks are tokens or steps."""
-    periods = sorted({_period(level.clock) for level in nest.levels.values()}, reverse=True)
-    order = {period: 1 + rank if in_context else 0 for rank, period in enumerate(periods)}
+    fires = {level.clock.period for level in nest.levels.values() if level.clock.period}
+    slow_to_fast = sorted(fires, reverse=True) if in_context else []
+    order = {period: 1 + rank for rank, period in enumerate(slow_to_fast)}
     rows = [
         Row(
             name=".".join(filter(None, (prefix, name))),
@@ -95,7 +96,7 @@ def _of_nest(prefix: str, nest: Nest, unit: str, copies: int, *, in_context: boo
             objective=_objective(level.loss or nest.loss),
             write=_write(level.write),
             clock=_clock(level.clock, unit),
-            order=order[_period(level.clock)],
+            order=order.get(level.clock.period, 0),
         )
         for name, level in sorted(nest.levels.items(), key=lambda item: -_period(item[1].clock))
     ]

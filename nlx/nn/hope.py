@@ -10,12 +10,13 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from nlx import ops
+from nlx.nest import Nest
 from nlx.nn.convolution import Convolution, Window
 from nlx.nn.linear import Linear, check_sizes, normal, parameter
 from nlx.nn.norm import RMSNorm
+from nlx.self_modifying import BOXES, self_modifying_nest
 
 STREAMS = ("query", "key", "value", "gate")
-BOXES = ("key", "value", "rate", "retain", "memory")
 INITIAL_RATE = 0.2
 INITIAL_RETAIN = 4.0
 INITIAL_MOMENTUM = -2.0
@@ -101,14 +102,15 @@ class SelfModifying(nnx.Module):
         check_sizes(chunk_size=chunk_size, projection_chunk_size=projection_chunk_size)
         if width % heads:
             raise ValueError(f"`heads` is {heads}; it must be a divisor of width = {width}.")
-        self.heads, self.chunk_size = heads, chunk_size
-        self.projection_chunk_size, self.erase = projection_chunk_size, erase
+        self.heads, self.head_dim, self.hidden = heads, width // heads, hidden
+        self.chunk_size, self.projection_chunk_size = chunk_size, projection_chunk_size
+        self.erase = erase
         self.read: Literal["after_write", "chunk_start"] = read
         boxes = (*BOXES, "query") if adaptive_query else BOXES
-        head_dim = width // heads
-        self.streams = nnx.Dict({s: Stream(width, heads, head_dim, rngs=rngs) for s in STREAMS})
+        sizes = heads, (head_dim := self.head_dim)
+        self.streams = nnx.Dict({s: Stream(width, *sizes, rngs=rngs) for s in STREAMS})
         self.boxes = nnx.Dict(
-            {box: Box(heads, head_dim, hidden, self._rate_bias(box), rngs=rngs) for box in boxes}
+            {box: Box(*sizes, hidden, self._rate_bias(box), rngs=rngs) for box in boxes}
         )
         self.retain_readout = normal(rngs, (heads, head_dim), ("heads", None), head_dim**-0.5)
         self.retain_bias = parameter(jnp.full((heads,), INITIAL_RETAIN), ("heads",))
@@ -125,6 +127,19 @@ class SelfModifying(nnx.Module):
         size = self.chunk_size if box == "memory" else self.projection_chunk_size
         share = INITIAL_RATE if size == 1 else INITIAL_RATE / 2
         return math.log(share / (1 - share))
+
+    def nest(self) -> Nest:
+        """One head's inner loop as levels on their clocks: what the op computes in parallel."""
+        return self_modifying_nest(
+            self.head_dim,
+            self.hidden,
+            chunk_size=self.chunk_size,
+            projection_chunk_size=self.projection_chunk_size,
+            read=self.read,
+            momentum=self.momentum is not None,
+            erase=self.erase,
+            adaptive_query="query" in self.boxes,
+        )
 
     def init_state(self, batch: int, capacity: int | None = None, dtype=None) -> HopeState:
         """The state before the first token: its size does not depend on the capacity.

@@ -34,7 +34,8 @@ def rows(**fields):
 
 def test_pretraining_holds_every_parameter_once():
     model, found = rows()
-    outer = [row for row in found.values() if row.order == 0]
+    outer = [row for row in found.values() if "mixer" not in row.name]
+    assert {row.order for row in outer} == {0}
     assert [row.name for row in outer] == ["cms_1", "outer", "cms_0"]
     assert [row.clock for row in outer] == ["3 steps", "every step", "every step"]
     assert {row.objective for row in outer} == {"next_token_loss"}
@@ -53,6 +54,29 @@ def test_a_transformer_learns_in_context_by_attention_alone():
         "every token",
         1,
     )
+
+
+def test_hope_shows_its_memories_on_their_clocks():
+    _, found = rows()
+    of = {name.rpartition(".")[2]: row for name, row in found.items() if ".mixer." in name}
+    assert [of[box].clock for box in ("key", "value", "rate", "retain")] == ["6 tokens"] * 4
+    assert [of[box].order for box in ("key", "memory", "readouts")] == [1, 2, 0]
+    memory = of["memory"]
+    assert memory.name == "blocks.*.mixer.memory"
+    assert memory.clock == "2 tokens"
+    assert (memory.copies, memory.parameters) == (2 * 2, 2 * 2 * 2 * 4 * 4)
+    assert memory.objective == "l2"
+    assert memory.write == "gated(bound=4.0, clip=1.0, erase, momentum)"
+    assert of["readouts"].clock == "never"
+    assert of["convolution"].objective == "dot_product"
+    assert "query" not in of
+
+
+def test_flags_of_hope_show():
+    _, found = rows(momentum=False, erase=False, adaptive_query=True, chunk_size=6)
+    assert found["blocks.*.mixer.query"].write == "gated(bound=4.0, clip=1.0)"
+    assert found["blocks.*.mixer.memory"].clock == "6 tokens"
+    assert found["blocks.*.mixer.memory"].order == 1
 
 
 def test_an_optimizer_shows_its_levels():

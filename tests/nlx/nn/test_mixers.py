@@ -1,5 +1,7 @@
 """Each mixer and feed-forward alone: its equation, its state, its bad input."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +12,7 @@ from nlx import nn, ops
 from nlx.clock import Clock
 from nlx.level import Association
 from nlx.nn.attention import rotate
+from nlx.self_modifying import Readouts, Token
 
 
 def random(*shape, seed=0):
@@ -188,6 +191,36 @@ def test_hope_starts_where_its_op_starts(hope):
         x, x, **call, momentum=momentum, state=start, implementation="reference"
     )
     np.testing.assert_array_equal(made, given)
+
+
+FLAGS = dict(read="chunk_start", momentum=False, erase=False, adaptive_query=True)
+
+
+@pytest.mark.parametrize("flags", [{}, FLAGS], ids=["defaults", "flags"])
+def test_hope_is_its_nest(flags, x64, monkeypatch):
+    """What the op gave the mixer for one head is what the mixer's nest says, tick by tick."""
+    hope = nn.SelfModifying(
+        8, heads=2, hidden=4, chunk_size=2, projection_chunk_size=3, **flags, rngs=nnx.Rngs(0)
+    )
+    calls = {}
+
+    def op(x, q, *, momentum, **rest):
+        y, state = ops.self_modifying_memory(
+            x, q, momentum=momentum, **rest, implementation="reference"
+        )
+        calls.update(x=x, q=q, momentum=momentum, y=y)
+        return y, state
+
+    seam = types.SimpleNamespace(**{**vars(ops), "self_modifying_memory": op})
+    monkeypatch.setattr("nlx.nn.hope.ops", seam)
+    hope(random(1, 7, 8))
+    head = lambda a: None if a is None else a[0, :, 1]
+    tokens = Token(*map(head, calls["x"]), head(calls["q"]), head(calls["momentum"]))
+    parameters = jax.tree.map(lambda w: w[1], hope.parameters())
+    nest = hope.nest()
+    start = nest.start(parameters.memories | {"readouts": Readouts(*parameters[1:])})
+    _, y = jax.jit(nest.scan)(start, tokens)
+    close(y, head(calls["y"]), 1e-9)
 
 
 def test_hope_without_momentum_and_with_adaptive_queries():
