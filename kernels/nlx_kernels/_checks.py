@@ -103,19 +103,21 @@ class Checker:
         except TypeError:
             number = 0
         if number < 1 or isinstance(value, bool):
-            raise ValueError(f"{self.op}: {name} is {value!r}; it must be an integer >= 1.")
+            raise ValueError(f"{self.op}: {name} is {_shown(value)}; it must be an integer >= 1.")
         return number
 
     def limit(self, name: str, value: Any) -> float | None:
         """A positive Python number, or None for no limit."""
         if value is None or (isinstance(value, int | float) and value > 0):
             return value
-        raise ValueError(f"{self.op}: {name} is {value!r}; it must be a number > 0, or None.")
+        raise ValueError(f"{self.op}: {name} is {_shown(value)}; it must be a number > 0, or None.")
 
     def option(self, name: str, value: Any, allowed: Sequence[Any]) -> None:
         """One of a few values."""
-        if not any(value is option or value == option for option in allowed):
-            raise ValueError(f"{self.op}: {name} is {value!r}; it must be {_any_of(allowed)}.")
+        if not any(isinstance(value, type(o)) and value == o for o in allowed):
+            raise ValueError(
+                f"{self.op}: {name} is {_shown(value)}; it must be {_any_of(allowed)}."
+            )
 
     def _shape(self, name: str, shape: tuple[int, ...], axes: list[str]) -> None:
         known = {axis: self.sizes[axis] for axis in axes if axis in self.sizes}
@@ -137,6 +139,10 @@ def resets(segment_ids: jax.Array | None) -> jax.Array | None:
     if segment_ids is None:
         return None
     return jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)))
+
+
+def _shown(value: Any) -> str:
+    return f"an array of shape {value.shape}" if hasattr(value, "shape") else repr(value)
 
 
 def _any_of(options: Sequence[Any]) -> str:

@@ -111,10 +111,11 @@ def mlp_memory(
 def _layers(check: Checker, one: Callable, name: str, weights: Any, lead: str) -> tuple:
     """Weights whose widths follow each other from the keys' to the values'."""
     if not isinstance(weights, tuple | list) or not 1 <= len(weights) <= MAX_DEPTH:
-        found = len(weights) if isinstance(weights, tuple | list) else type(weights).__name__
+        several = isinstance(weights, tuple | list)
+        found = f"has {len(weights)} layers" if several else f"is a {type(weights).__name__}"
         raise ValueError(
-            f"mlp_memory: {name} has {found} layers; it must be a tuple of 1 to {MAX_DEPTH} "
-            f"arrays [{', '.join(lead.split())}, in, out]."
+            f"mlp_memory: {name} {found}; it must be a tuple of 1 to {MAX_DEPTH} arrays "
+            f"[{', '.join(lead.split())}, in, out]."
         )
     widths = ["k", *(f"f{layer}" for layer in range(1, len(weights))), "v"]
     return tuple(

@@ -123,7 +123,11 @@ def _tokens(check: Checker, x: Any, q: Any) -> tuple[Streams, Array]:
 def _boxes(check: Checker, name: str, table: Any, boxes: set[str]) -> None:
     """A dict with exactly these keys."""
     if not isinstance(table, dict) or set(table) != boxes:
-        found = f"the keys {sorted(table)}" if isinstance(table, dict) else f"type {type(table)}"
+        found = (
+            f"the keys {sorted(table)}"
+            if isinstance(table, dict)
+            else f"the type {type(table).__name__}"
+        )
         raise ValueError(f"{check.op}: {name} has {found}; it must be a dict of {sorted(boxes)}.")
 
 
@@ -136,7 +140,7 @@ def _memories(
     for box, layers in memories.items():
         where = f"{name}[{box!r}]"
         if not isinstance(layers, tuple | list) or len(layers) != 2:
-            raise ValueError(f"{check.op}: {where} is {layers!r}; it must be a pair of arrays.")
+            raise ValueError(f"{check.op}: {where} is no pair; it must be two arrays (W_1, W_2).")
         checked[box] = (
             one(f"{where}[0]", layers[0], f"{lead} d f"),
             one(f"{where}[1]", layers[1], f"{lead} f d"),
