@@ -19,8 +19,8 @@ from nlx_experiments.console import say
 
 # The size of the demonstration, all of it.
 STEPS = 600
-FIELDS: Mapping[str, Any] = {"batch": 16, "length": 256, "save_every": 100, "log_every": 20}
-LEARNING_RATES = {"hope-tiny": 3e-3, "transformer++-tiny": 3e-3}
+FIELDS: Mapping[str, Any] = {"batch": 4, "length": 128, "save_every": 200, "log_every": 20}
+LEARNING_RATES = {"hope-tiny": 5e-3, "transformer++-tiny": 5e-3}
 PROMPT, SAMPLE_LENGTH = "    def __init__(self", 600
 
 

@@ -103,7 +103,9 @@ _HOPE_ATTENTION: dict[str, Any] = dict(mixer="attention", feed_forward="cms")
 _HOPE: dict[str, Any] = dict(mixer="self_modifying", feed_forward="cms")
 
 PRESETS: dict[str, ModelConfig] = {
-    "hope-tiny": ModelConfig(**_HOPE, **_TINY, layers=2, hidden=256, cms_periods=(1, 4)),
+    "hope-tiny": ModelConfig(
+        **_HOPE, **_TINY, layers=2, hidden=256, cms_periods=(1, 4), projection_chunk_size=32
+    ),
     "hope-attention-tiny": ModelConfig(
         **_HOPE_ATTENTION, **_TINY, layers=2, hidden=400, cms_periods=(1, 4)
     ),
