@@ -8,7 +8,7 @@ import subprocess
 import time
 
 import pytest
-from nlx_experiments import faults, learner, run, runs
+from nlx_experiments import console, faults, learner, run, runs
 
 
 @pytest.fixture(autouse=True)
@@ -79,6 +79,16 @@ def test_ctrl_c_leaves_no_traceback(monkeypatch, capsys):
     monkeypatch.setitem(run.COMMANDS, "generate", interrupted)
     assert run.main(["generate", "x"]) == 130
     assert capsys.readouterr().err == "nlx: stopped.\n"
+
+
+def test_a_second_signal_leaves_at_once(capsys):
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt), console.StopRequest() as stop:
+        signal.raise_signal(signal.SIGTERM)
+        assert stop.received == signal.SIGTERM
+        signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert capsys.readouterr().out.startswith("SIGTERM: saving after this step")
 
 
 @pytest.mark.slow
