@@ -96,7 +96,7 @@ def _of_nest(prefix: str, nest: Nest, unit: str, copies: int, *, in_context: boo
             objective=_objective(level.loss or nest.loss),
             write=_write(level.write),
             clock=_clock(level.clock, unit),
-            order=order.get(level.clock.period, 0),
+            order=order.get(level.clock.period or 0, 0),
         )
         for name, level in sorted(nest.levels.items(), key=lambda item: -_period(item[1].clock))
     ]
