@@ -3,6 +3,7 @@
 
 from nlx import memories as memories
 from nlx import objectives as objectives
+from nlx import testing as testing
 from nlx import writes as writes
 from nlx.clock import Clock as Clock
 from nlx.level import Association as Association
