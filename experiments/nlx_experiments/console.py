@@ -7,8 +7,10 @@ from collections.abc import Mapping
 from types import FrameType
 from typing import Any, Protocol
 
-from rich.console import Console
+from rich.console import Group
+from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
 
 def say(sentence: str) -> None:
@@ -57,32 +59,28 @@ class Lines:
 
 
 class Bar:
-    """A progress bar with the same numbers."""
+    """A progress bar, and under it the same numbers."""
 
     def __init__(self, name: str, steps: int, done: int):
         """Of the run called `name`, which ends after `steps` and has `done` behind it."""
-        self.progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[summary]}"),
-            console=Console(),
-        )
-        self.task = self.progress.add_task(name, total=steps, completed=done, summary="compiling")
+        shown = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
+        self.progress = Progress(*shown, TimeRemainingColumn())
+        self.task = self.progress.add_task(name, total=steps, completed=done)
+        self.live = Live(Group(self.progress, Text("compiling")), refresh_per_second=4)
 
     def __enter__(self) -> "Bar":
         """Draws the bar."""
-        self.progress.start()
+        self.live.start()
         return self
 
     def __exit__(self, *error: Any) -> None:
         """Leaves the bar as it is."""
-        self.progress.stop()
+        self.live.stop()
 
     def show(self, step: int, bits: float, speed: float, updates: Mapping[str, float]) -> None:
         """Moves the bar."""
-        self.progress.update(self.task, completed=step, summary=_summary(bits, speed, updates))
+        self.progress.update(self.task, completed=step)
+        self.live.update(Group(self.progress, Text(_summary(bits, speed, updates))))
 
 
 def _summary(bits: float, speed: float, updates: Mapping[str, float]) -> str:

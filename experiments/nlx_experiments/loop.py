@@ -132,12 +132,14 @@ def _advance(
             state, measured = functions.step(state, start, next(batches)["tokens"])
             done += 1
             log.add(done, measured)
-            leaving = done == config.steps or stop.received is not None
-            saving = leaving or done % config.save_every == 0
+            saving = done % config.save_every == 0
             if saving or done % config.log_every == 0:
                 shown.show(done, *log.flush())
             if saving:
                 checkpoints.save(done, _trees(config, state), batches.get_state())
+        if log.waiting:
+            shown.show(done, *log.flush())
+        checkpoints.save(done, _trees(config, state), batches.get_state())
     return state
 
 

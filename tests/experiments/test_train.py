@@ -108,12 +108,13 @@ def test_the_report_carries_its_pictures(unbroken):
 
 
 def test_resume_is_bitwise(chosen, unbroken, monkeypatch):
-    for step, number in ((3, signal.SIGTERM), (4, signal.SIGINT)):
+    for step, number in ((3, signal.SIGTERM), (5, signal.SIGINT)):
         with monkeypatch.context() as patch:
             stop_at(patch, step, number)
             with pytest.raises(Stopped, match=f"step {step} of 6 is saved") as stopped:
                 loop.train(chosen)
         assert stopped.value.signal == number
+        assert (chosen.folder / "checkpoints" / str(step)).is_dir()
     assert loop.train(chosen) == unbroken[1]
     assert faults.differences(unbroken[0].folder, chosen.folder, STEPS) == []
 
