@@ -282,8 +282,8 @@ def _norm(z: Float[Array, "*n i"]) -> tuple[Float[Array, "*n 1"], Float[Array, "
     """Length and direction of a vector, both 0 with gradient 0 where it is 0."""
     square = jnp.sum(z * z, -1, keepdims=True)
     some = square > 0
-    inverse = jnp.where(some, jax.lax.rsqrt(jnp.where(some, square, 1.0)), 0.0)
-    return square * inverse, z * inverse
+    length = jnp.sqrt(jnp.where(some, square, 1.0))
+    return jnp.where(some, length, 0.0), z / length  # a zero vector is divided by 1
 
 
 def bound_norm(weights: Float[Array, "*n i o"], bound: float | None) -> Float[Array, "*n i o"]:
@@ -292,15 +292,15 @@ def bound_norm(weights: Float[Array, "*n i o"], bound: float | None) -> Float[Ar
         return weights
     square = jnp.sum(weights * weights, (-2, -1), keepdims=True)
     large = square > bound * bound
-    return weights * jnp.where(large, bound * jax.lax.rsqrt(jnp.where(large, square, 1.0)), 1.0)
+    return weights * jnp.where(large, bound / jnp.sqrt(jnp.where(large, square, 1.0)), 1.0)
 
 
 def soft_unit(z: Float[Array, "*n f"]) -> Float[Array, "*n f"]:
     """Shortens vectors below length 1: ``z / sqrt(|z|^2 + 1/4)``, smooth everywhere."""
-    return z * jax.lax.rsqrt(jnp.sum(z * z, -1, keepdims=True) + 0.25)
+    return z / jnp.sqrt(jnp.sum(z * z, -1, keepdims=True) + 0.25)
 
 
 def layer_norm(z: Float[Array, "*n v"]) -> Float[Array, "*n v"]:
     """Normalises to mean 0 and variance 1 over the last axis, without scale and shift."""
     centred = z - jnp.mean(z, -1, keepdims=True)
-    return centred * jax.lax.rsqrt(jnp.mean(centred * centred, -1, keepdims=True) + 1e-6)
+    return centred / jnp.sqrt(jnp.mean(centred * centred, -1, keepdims=True) + 1e-6)

@@ -45,7 +45,7 @@ class _Form(NamedTuple):
 
 
 def _normalise(z):
-    return z * jax.lax.rsqrt(jnp.sum(z * z, -1, keepdims=True) + 1e-6)
+    return z / jnp.sqrt(jnp.sum(z * z, -1, keepdims=True) + 1e-6)
 
 
 def _generate(weights, tokens: _Tokens, readouts: _Readouts, form: _Form):
