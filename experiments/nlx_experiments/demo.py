@@ -18,7 +18,7 @@ from nlx_experiments.config import TrainConfig
 from nlx_experiments.console import say
 
 # The size of the demonstration, all of it.
-STEPS = 600
+STEPS = 400
 FIELDS: Mapping[str, Any] = {"batch": 4, "length": 128, "save_every": 200, "log_every": 20}
 LEARNING_RATES = {"hope-tiny": 5e-3, "transformer++-tiny": 5e-3}
 PROMPT, SAMPLE_LENGTH = "    def __init__(self", 600
