@@ -3,6 +3,12 @@
 import os
 import pathlib
 
+# Tests compile more than they compute. Set before jax is imported.
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "")
+    + " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+)
+
 import hypothesis
 import jax
 import pytest

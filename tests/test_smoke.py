@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
 
 import nlx
@@ -22,6 +23,7 @@ def test_a_level_scans_as_it_steps():
     np.testing.assert_allclose(stepped.params, scanned.params, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_hope_takes_a_training_step():
     small = dict(mixer="self_modifying", feed_forward="cms", width=8, heads=2, layers=1, hidden=8)
     config = nn.ModelConfig(**small, memory_hidden=4, chunk_size=4, projection_chunk_size=4)
