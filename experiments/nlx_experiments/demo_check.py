@@ -20,7 +20,7 @@ from nlx_experiments.console import say
 from nlx_experiments.errors import Refused
 
 PRESETS = ("hope-tiny", "transformer++-tiny")
-LEARNING_RATES = (2.5e-3, 5e-3, 1e-2)
+LEARNING_RATES = (1.25e-3, 2.5e-3, 5e-3)
 SEEDS = (0, 1, 2)
 BEGIN, END = "<!-- demo-check -->", "<!-- end of demo-check -->"
 PLACE = pathlib.Path(__file__).parents[1]

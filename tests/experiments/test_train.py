@@ -216,7 +216,7 @@ def test_the_demonstration(texts, tmp_path, capsys, monkeypatch):
 def test_the_demonstration_is_checked(texts, tmp_path, monkeypatch):
     result = lambda c: {
         "preset": c.preset,
-        "bits_per_byte": 2.0 + c.seed / 10 + abs(c.learning_rate - 5e-3) + (c.preset[0] == "h"),
+        "bits_per_byte": 2.0 + c.seed / 10 + abs(c.learning_rate - 2.5e-3) + (c.preset[0] == "h"),
     }
     monkeypatch.setattr(demo_check.loop, "train", result)
     (tmp_path / "README.md").write_text(
@@ -228,8 +228,8 @@ def test_the_demonstration_is_checked(texts, tmp_path, monkeypatch):
     readme = (tmp_path / "README.md").read_text()
     assert readme.startswith(f"before\n{demo_check.BEGIN}\n| model ")
     assert readme.endswith(f"{demo_check.END}\nafter\n")
-    assert "| hope-tiny | 0.005 | 3.100 | 0.100 | 3.000, 3.100, 3.200 |" in readme
-    assert "at its best learning rate 0.005 hope-tiny needs 3.100 bits per byte" in readme
+    assert "| hope-tiny | 0.0025 | 3.100 | 0.100 | 3.000, 3.100, 3.200 |" in readme
+    assert "at its best learning rate 0.0025 hope-tiny needs 3.100 bits per byte" in readme
     assert "+47.6 %" in readme
     assert "old" not in readme
 
