@@ -31,10 +31,7 @@ class Draw:
 
 
 def gradients(function):
-    """arguments -> (outputs, gradients of a fixed weighting of them), both without integers.
-
-    The compiler is told not to try hard: it takes most of the time of these tests.
-    """
+    """arguments -> (outputs, gradients of a fixed weighting of them), both without integers."""
 
     def weighed(arguments):
         outputs = [x for x in jax.tree.leaves(function(arguments)) if x.dtype != jnp.int32]
@@ -46,7 +43,7 @@ def gradients(function):
         grads, outputs = jax.grad(weighed, has_aux=True, allow_int=True)(arguments)
         return outputs, grads
 
-    compiled = jax.jit(run, compiler_options={"xla_backend_optimization_level": 0})
+    compiled = jax.jit(run)
 
     def call(arguments):
         outputs, grads = compiled(arguments)

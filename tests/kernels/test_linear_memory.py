@@ -16,7 +16,6 @@ OPTIONS = ("read", "block_size", "implementation")
 linear_memory = jax.jit(
     nlx_kernels.linear_memory,
     static_argnames=OPTIONS,
-    compiler_options={"xla_backend_optimization_level": 0},
 )
 
 

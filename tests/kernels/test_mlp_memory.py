@@ -16,7 +16,6 @@ OPTIONS = ("chunk_size", "read", "activation", "residual", "norm", "implementati
 mlp_memory = jax.jit(
     nlx_kernels.mlp_memory,
     static_argnames=OPTIONS,
-    compiler_options={"xla_backend_optimization_level": 0},
 )
 
 

@@ -21,7 +21,7 @@ TESTS = {
     "online-24": Shape(2, 24, 1, 4, 3, 1, 1),
     "mixed-63": Shape(2, 63, 2, 4, 3, 16, 64),
     "mixed-64": Shape(1, 64, 1, 4, 3, 64, 16),
-    "undivided-100": Shape(1, 100, 1, 4, 3, 12, 7),
+    "undivided-100": Shape(2, 100, 1, 4, 3, 12, 7),
 }
 
 BENCH = {
