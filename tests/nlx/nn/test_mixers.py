@@ -24,29 +24,26 @@ def close(a, b, tolerance=1e-12):
 
 
 def test_attention_is_its_equation(x64):
-    attention = nn.Attention(8, heads=2, kv_heads=1, rngs=nnx.Rngs(0))
-    x = np.asarray(random(1, 5, 8))
-    y, state = jax.jit(attention.__call__)(jnp.asarray(x))
+    """Four heads of four channels, two of them on each key and value head, in plain NumPy."""
+    attention = nn.Attention(16, heads=4, kv_heads=2, rngs=nnx.Rngs(0))
+    x = random(1, 5, 16)
+    y, state = jax.jit(lambda x: attention(x))(x)
     assert state is None
     kernel = lambda part: np.asarray(getattr(attention, part).kernel[...])
-    q, k, v = x[0] @ kernel("query"), x[0] @ kernel("key"), x[0] @ kernel("value")
+    q, k, v = (np.asarray(x[0]) @ kernel(part) for part in ("query", "key", "value"))
 
     def rotated(z, t):
-        turned = z.astype(complex)[:2] + 1j * z[2:]
-        turned = turned * np.exp(1j * t * 10_000.0 ** (-np.arange(2) / 2))
+        turned = (z[:2] + 1j * z[2:]) * np.exp(1j * t * 10_000.0 ** (-np.arange(2) / 2))
         return np.concatenate([turned.real, turned.imag])
 
-    heads = []
-    for h in range(2):
-        rows = []
+    heads = np.zeros((5, 16))
+    for h in range(4):
+        mine, shared = slice(4 * h, 4 * h + 4), slice(4 * (h // 2), 4 * (h // 2) + 4)
         for t in range(5):
-            scores = [
-                rotated(q[t, 4 * h : 4 * h + 4], t) @ rotated(k[s], s) / 2 for s in range(t + 1)
-            ]
-            weights = np.exp(scores) / np.exp(scores).sum()
-            rows.append(sum(w * v[s] for s, w in enumerate(weights)))
-        heads.append(np.stack(rows))
-    close(y[0], np.concatenate(heads, axis=1) @ kernel("output"))
+            keys = [rotated(k[s, shared], s) for s in range(t + 1)]
+            weights = np.exp([rotated(q[t, mine], t) @ key / 2 for key in keys])
+            heads[t, mine] = weights / weights.sum() @ v[: t + 1, shared]
+    close(y[0], heads @ kernel("output"))
 
 
 def test_attention_is_its_level(x64):
@@ -193,6 +190,29 @@ def test_hope_starts_where_its_op_starts(hope):
     np.testing.assert_array_equal(made, given)
 
 
+def check_around_the_op(hope, inputs, calls, outputs):
+    """Streams, unit queries, momentum, norm, gate and output map, straight from their equations."""
+    silu = lambda z: z * jax.nn.sigmoid(z)
+    streams = {}
+    for name, stream in hope.streams.items():
+        mapped = jnp.pad(inputs[0] @ stream.map.kernel[...], ((3, 0), (0, 0)))
+        kernel = stream.convolution.kernel[...]
+        made = sum(kernel[j][None] * mapped[j : j + 7] for j in range(4))
+        streams[name] = silu(made).reshape(7, 2, 4)
+    if "query" not in hope.boxes:
+        norm = jnp.sqrt(jnp.sum(streams["query"] ** 2, axis=-1, keepdims=True) + 1e-6)
+        streams["query"] = streams["query"] / norm
+    given = {"query": calls["q"], **calls["x"]._asdict()}
+    for name, stream in streams.items():
+        close(given[name][0], stream)
+    if calls["momentum"] is not None:
+        close(calls["momentum"][0], jax.nn.sigmoid(inputs[0] @ hope.momentum.kernel[...] - 2.0))
+    y = calls["y"][0]
+    y = y / jnp.sqrt(jnp.mean(y**2, axis=-1, keepdims=True) + 1e-6)
+    gated = y.reshape(7, 8) * silu(inputs[0] @ hope.gate.kernel[...])
+    close(outputs[0], gated @ hope.output.kernel[...])
+
+
 FLAGS = dict(read="chunk_start", momentum=False, erase=False, adaptive_query=True)
 
 
@@ -213,7 +233,9 @@ def test_hope_is_its_nest(flags, x64, monkeypatch):
 
     seam = types.SimpleNamespace(**{**vars(ops), "self_modifying_memory": op})
     monkeypatch.setattr("nlx.nn.hope.ops", seam)
-    hope(random(1, 7, 8))
+    inputs = random(1, 7, 8)
+    outputs, _ = hope(inputs)
+    check_around_the_op(hope, inputs, calls, outputs)
     head = lambda a: None if a is None else a[0, :, 1]
     tokens = Token(*map(head, calls["x"]), head(calls["q"]), head(calls["momentum"]))
     parameters = jax.tree.map(lambda w: w[1], hope.parameters())

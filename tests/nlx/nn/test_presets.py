@@ -148,11 +148,14 @@ def test_tied_model_reads_out_with_its_embedding():
     np.testing.assert_array_equal(jnp.delete(moved, 9), 0)
 
 
-def test_float32_whole_is_token_by_token(tiny):
+@pytest.mark.parametrize("mixer", ["attention", "self_modifying"])
+def test_float32_whole_is_token_by_token(mixer):
+    config = dataclasses.replace(TINY, mixer=mixer, chunk_size=3, projection_chunk_size=6)
+    model = nn.LanguageModel(config, rngs=nnx.Rngs(0))
     tokens = jax.random.randint(jax.random.key(1), (2, 12), 0, 16)
-    run = jax.jit(lambda tokens, state: tiny(tokens, state))
+    run = jax.jit(lambda tokens, state: model(tokens, state))
     whole, _ = run(tokens, None)
-    state, pieces = tiny.init_state(2, 12), []
+    state, pieces = model.init_state(2, 12), []
     for t in range(12):
         logits, state = run(tokens[:, t : t + 1], state)
         pieces.append(logits)
