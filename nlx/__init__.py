@@ -1,9 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """nlx: models and optimizers as nested levels of memory, each on its own clock."""
 
+from nlx import inspect as inspect
 from nlx import memories as memories
+from nlx import nn as nn
 from nlx import objectives as objectives
+from nlx import ops as ops
+from nlx import optim as optim
 from nlx import testing as testing
+from nlx import train as train
 from nlx import writes as writes
 from nlx.clock import Clock as Clock
 from nlx.level import Association as Association

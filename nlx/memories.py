@@ -119,7 +119,7 @@ def unit(x: Float[Array, " n"]) -> Float[Array, " n"]:
     """
     square = jnp.sum(jnp.square(x), -1, keepdims=True)
     present = square >= jnp.finfo(x.dtype).tiny
-    return jnp.where(present, x * jax.lax.rsqrt(jnp.where(present, square, 1)), 0)
+    return jnp.where(present, x / jnp.sqrt(jnp.where(present, square, 1)), 0)
 
 
 def soft_unit(activation: str | Activation = "gelu") -> Activation:

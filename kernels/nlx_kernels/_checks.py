@@ -71,10 +71,9 @@ class Checker:
     def start(self, name: str, start: Any, state: Any, segments: Any) -> None:
         """What a memory starts from, or the state it goes on from; both only with segments."""
         if start is None and (state is None or segments is not None):
-            raise ValueError(
-                f"{self.op}: {name} is None; it must be given "
-                f"{'with segment_ids, whose segments start from it' if state else 'without state'}."
-            )
+            when = "with segment_ids, whose segments start from it"
+            when = "without state" if state is None else when
+            raise ValueError(f"{self.op}: {name} is None; it must be given {when}.")
         if start is not None and state is not None and segments is None:
             raise ValueError(
                 f"{self.op}: {name} and state are both given; without segment_ids it must be one "

@@ -33,7 +33,6 @@ from jaxtyping import Bool, Float, Int
 
 from nlx_kernels._solve import interval_products, unit_lower_inverse
 
-
 Tree = TypeVar("Tree")
 
 
@@ -279,11 +278,11 @@ def direction(
 
 
 def _norm(z: Float[Array, "*n i"]) -> tuple[Float[Array, "*n 1"], Float[Array, "*n i"]]:
-    """Length and direction of a vector, both 0 with gradient 0 where it is 0."""
+    """Length and direction, both 0 with gradient 0 where the square underflows."""
     square = jnp.sum(z * z, -1, keepdims=True)
-    some = square > 0
+    some = square >= jnp.finfo(square.dtype).tiny
     length = jnp.sqrt(jnp.where(some, square, 1.0))
-    return jnp.where(some, length, 0.0), z / length  # a zero vector is divided by 1
+    return jnp.where(some, length, 0.0), jnp.where(some, z / length, 0.0)
 
 
 def bound_norm(weights: Float[Array, "*n i o"], bound: float | None) -> Float[Array, "*n i o"]:

@@ -10,7 +10,7 @@ pass.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,8 +19,7 @@ from jaxtyping import Bool, Float, Int
 
 from nlx_kernels._chunk import Piece, make_piece
 
-Weights = TypeVar("Weights")
-Tokens = TypeVar("Tokens")
+Tokens = Any  # a pytree of windows
 
 
 class Memory(NamedTuple):
@@ -33,9 +32,9 @@ class Memory(NamedTuple):
       position: tokens since the last reset, one number a row.
     """
 
-    weights: Array | tuple | dict
-    chunk_start: Array | tuple | dict
-    momentum: Array | tuple | dict | None
+    weights: Any
+    chunk_start: Any
+    momentum: Any
     position: Int[Array, " b"]
 
 

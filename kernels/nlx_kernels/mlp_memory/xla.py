@@ -70,13 +70,14 @@ def mlp_memory(
 ):  # fmt: skip
     """The chunk-parallel form; arguments are checked."""
     b, t = q.shape[:2]
-    initial = None
+    initial = memory = None if state is None else _windows.Memory(*state)
     if weights is not None:
         rows = tuple(jnp.broadcast_to(w, (b, *w.shape)) for w in weights)
         zeros = None if momentum is None else tuple(jnp.zeros_like(w) for w in rows)
         initial = _windows.Memory(rows, rows, zeros, jnp.zeros(b, jnp.int32))
-    memory = initial if state is None else _windows.Memory(*state)
+    memory = memory or initial
     assert memory is not None
+    assert initial is not None
     dtype = memory.weights[0].dtype
     window = min(chunk_size, t)
     split = functools.partial(_windows.split_windows, window=window)

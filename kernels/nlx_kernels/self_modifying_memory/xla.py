@@ -2,6 +2,7 @@
 """Hope's inner loop in parallel inside each chunk; the boxes are stacked along a leading axis."""
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -41,7 +42,7 @@ class _Form(NamedTuple):
     read: str
     erase: bool
     clip: float | None
-    activation: object
+    activation: Callable[[Array], Array]
 
 
 def _normalise(z):
@@ -139,8 +140,8 @@ def self_modifying_memory(
     zeros = None if momentum is None else tuple(jnp.zeros_like(w) for w in rows)
     memory = initial = _windows.Memory(rows, rows, zeros, jnp.zeros(b, jnp.int32))
     if state is not None:
-        stacked = (None if w is None else _stack(w, boxes) for w in state[:3])
-        memory = _windows.Memory(*stacked, state.position)
+        seen, boundary, buffer = (None if w is None else _stack(w, boxes) for w in state[:3])
+        memory = _windows.Memory(seen, boundary, buffer, state.position)
     window = min(chunk_size, projection_chunk_size, t)
     split = functools.partial(_windows.split_windows, window=window)
     cut = jax.tree.map(lambda a: split(a.astype(dtype)), (x, q, momentum))
@@ -158,5 +159,5 @@ def self_modifying_memory(
         starts=resets(segment_ids),
         fresh=state is None,
     )
-    leaves = (None if w is None else _unstack(w, boxes) for w in memory[:3])
-    return y, SelfModifyingState(*leaves, memory.position)
+    leaves = [None if w is None else _unstack(w, boxes) for w in memory[:3]]
+    return y, SelfModifyingState._make([*leaves, memory.position])
