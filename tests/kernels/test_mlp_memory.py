@@ -177,6 +177,7 @@ def form(gradients, implementation, shape, **options):
     ("name", "momentum", "erase", "options"),
     [
         ("ragged-63", True, True, {}),
+        ("whole-64", True, True, {}),
         ("whole-64", False, False, dict(norm=True, activation="silu", read="chunk_start")),
         ("long-chunk-63", False, True, dict(residual=False)),
         ("online-24", True, True, {}),
@@ -197,9 +198,22 @@ def test_xla_is_the_reference(name, momentum, erase, options, draw, gradients, x
 def test_xla_goes_on_from_any_position_and_resets(name, draw, gradients, x64, agree):
     shape = shapes.TESTS[name]
     given = tokens(draw, shape) | dict(state=running(draw, shape), weights=start(draw, shape))
-    given["segment_ids"] = draw.segments(shape.b, shape.t)
-    want = form(gradients, "reference", shape, read="chunk_start")(given)
-    agree(form(gradients, "xla", shape, read="chunk_start")(given), want, 1e-9)
+    ids = draw.segments(shape.b, shape.t)
+    filling = jnp.arange(shape.t) // shape.chunk_size  # segments that fill a window
+    given["segment_ids"] = ids.at[0].set(filling.astype(ids.dtype))
+    want = form(gradients, "reference", shape)(given)
+    agree(form(gradients, "xla", shape)(given), want, 1e-9)
+
+
+def test_tiny_inputs_of_a_layer_keep_gradients_finite(draw, gradients, agree):
+    shape = shapes.TESTS["ragged-63"]
+    xla = form(gradients, "xla", shape)
+    for length in (0.0, 1e-3, 1e-12, 1e-15, 1e-20, 1e-25):
+        given = tokens(draw, shape) | dict(weights=start(draw, shape))
+        given["k"] = given["k"] * length
+        given = jax.tree.map(lambda x: x.astype(jnp.float32), given)
+        for leaf in jax.tree.leaves(xla(given)):
+            assert jnp.all(jnp.isfinite(leaf)), length
 
 
 def test_low_precision(draw, gradients, x64, agree):

@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Breaks nlx on purpose and records which test notices: `python tests/mutations.py`.
+
+Each row edits one place in a copy of the sources and runs one test file against the copy. Rows that
+no test notices make it fail. It writes tests/mutations.md; about 15 minutes on two cores.
+"""
+
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from typing import NamedTuple
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+class Mutation(NamedTuple):
+    """One edit, and the tests that should notice it."""
+
+    removes: str
+    file: str
+    old: str
+    new: str
+    tests: str
+
+
+CHUNK, SOLVE = "kernels/nlx_kernels/_chunk.py", "kernels/nlx_kernels/_solve.py"
+WINDOWS = "kernels/nlx_kernels/_windows.py"
+HOPE = "kernels/nlx_kernels/self_modifying_memory/xla.py"
+OF_MLP, OF_HOPE = "kernels/test_mlp_memory.py", "kernels/test_self_modifying_memory.py"
+
+MUTATIONS = (
+    Mutation(
+        "the momentum carried into a chunk",
+        CHUNK,
+        "    out += kept(decay.B0) * momentum\n",
+        "",
+        OF_MLP,
+    ),
+    Mutation(
+        "the momentum in what is erased",
+        CHUNK,
+        "        target += decay.before_B0[..., None] * (z @ momentum)\n",
+        "        pass\n",
+        OF_MLP,
+    ),
+    Mutation("the erase", CHUNK, "    if erase is None:\n", "    if True:\n", OF_HOPE),
+    Mutation(
+        "the residual in the inner gradient",
+        CHUNK,
+        "error = hidden + key - value if residual else hidden - value",
+        "error = hidden - value",
+        OF_MLP,
+    ),
+    Mutation(
+        "the residual of the memories",
+        "nlx/memories.py",
+        "return key + output if residual else output",
+        "return output",
+        "nlx/test_memories.py",
+    ),
+    Mutation(
+        "the clip of a token's gradient",
+        HOPE,
+        "trace.errors[layer], form.clip)",
+        "trace.errors[layer], None)",
+        OF_HOPE,
+    ),
+    Mutation("the bound at a firing", HOPE, "_chunk.bound_norm(w, bound)", "w", OF_HOPE),
+    Mutation(
+        "the second clock of Hope",
+        HOPE,
+        'of_memory if box == "memory" else of_others',
+        "of_memory",
+        OF_HOPE,
+    ),
+    Mutation(
+        "the gradient through the writes",
+        HOPE,
+        "    written = memory._replace(weights=tuple(weights))\n",
+        "    written = memory._replace(weights=jax.lax.stop_gradient(tuple(weights)))\n",
+        OF_HOPE,
+    ),
+    Mutation(
+        "the mask after a piece's last token",
+        WINDOWS,
+        "valid = (index[None] >= done[:, None]) & (index[None] < end[:, None])",
+        "valid = index[None] >= done[:, None]",
+        OF_MLP,
+    ),
+    Mutation(
+        "the reset of a row's position by a segment",
+        WINDOWS,
+        "        position = jnp.where(any_start, 0, memory.position)\n",
+        "        position = memory.position\n",
+        OF_MLP,
+    ),
+    Mutation(
+        "exactness of the inverse (Neumann series instead of blocks)",
+        SOLVE,
+        "        x = x - (between if m == 1 else x @ (between @ x))\n",
+        "        x = x - between\n",
+        "kernels/test_solve.py",
+    ),
+    Mutation(
+        "the phase of a clock",
+        "nlx/clock.py",
+        " - self.phase) % self.period",
+        ") % self.period",
+        "nlx/test_clock.py",
+    ),
+    Mutation(
+        "the learning of DMGD's memory",
+        "nlx/optim/deep_momentum.py",
+        'rate = inner_lr / _power(params["deep"], key)',
+        'rate = 0 * inner_lr / _power(params["deep"], key)',
+        "nlx/optim/test_deep_momentum.py",
+    ),
+)
+
+
+def caught_by(mutation: Mutation) -> str | None:
+    """The first test that fails on the edited copy, or None."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = pathlib.Path(folder)
+        for part in ("nlx", "kernels", "experiments", "tests", "pyproject.toml", "README.md"):
+            source = ROOT / part
+            if source.is_dir():
+                ignore = shutil.ignore_patterns("__pycache__", "runs")
+                shutil.copytree(source, copy / part, ignore=ignore)
+            else:
+                shutil.copy(source, copy / part)
+        edited = copy / mutation.file
+        text = edited.read_text()
+        if mutation.old not in text:
+            raise SystemExit(f"{mutation.file} no longer holds {mutation.old!r}.")
+        edited.write_text(text.replace(mutation.old, mutation.new, 1))
+        paths = (copy, copy / "kernels", copy / "experiments")
+        run = subprocess.run(
+            [sys.executable, "-m", "pytest", "-x", "-q", "-m", "not slow", "-p", "no:cacheprovider",
+             f"tests/{mutation.tests}"],
+            cwd=copy,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(map(str, paths))},
+            capture_output=True,
+            text=True,
+        )  # fmt: skip
+    found = re.search(r"^(?:FAILED|ERROR) (\S+)", run.stdout, re.MULTILINE)
+    return found.group(1) if found else None
+
+
+def main() -> None:
+    """Runs all mutations and writes the table."""
+    rows, missed = [], 0
+    for mutation in MUTATIONS:
+        test = caught_by(mutation)
+        missed += test is None
+        rows.append(f"| {mutation.removes} | `{mutation.file}` | {test or '**no test**'} |")
+        print(rows[-1], flush=True)
+    table = "\n".join(["| removed | where | caught by |", "|---|---|---|", *rows])
+    (ROOT / "tests" / "mutations.md").write_text(
+        "# Mutations\n\nEdits that remove a feature, and the first test that failed. Written by "
+        f"`python tests/mutations.py`, which holds the edits.\n\n{table}\n"
+    )
+    sys.exit(missed > 0)
+
+
+if __name__ == "__main__":
+    main()
