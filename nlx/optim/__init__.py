@@ -4,6 +4,7 @@
 from nlx.optim.deep_momentum import DeepMomentumState as DeepMomentumState
 from nlx.optim.deep_momentum import dmgd as dmgd
 from nlx.optim.deep_momentum import scale_by_deep_momentum as scale_by_deep_momentum
+from nlx.optim.gradient_memory import debiased as debiased
 from nlx.optim.gradient_memory import gradient_memory as gradient_memory
 from nlx.optim.level import LevelsState as LevelsState
 from nlx.optim.level import as_transformation as as_transformation

@@ -42,7 +42,6 @@ def as_transformation(
     None or masked pass untouched.
     Source: Behrouz et al. (2025), Nested Learning, section 4.2: optimizers are memories.
     """
-
     return levelwise(level, readout, lambda gradient, param, tick: context(gradient, param), key)
 
 

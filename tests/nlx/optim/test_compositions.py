@@ -14,6 +14,7 @@ import pytest
 import nlx
 from nlx import Clock
 from nlx.optim import dmgd, gradient_memory, on_clock
+from nlx.testing import check_transform
 
 PARAMS = {"w": np.linspace(-1, 1, 12, dtype=np.float32).reshape(4, 3), "b": np.ones(3, np.float32)}
 
@@ -34,6 +35,11 @@ MAKERS = [dmgd, momentum, clocked]
 
 def gradients(step, params):
     return jax.tree.map(lambda p: jnp.sin(7.0 * p + step) + 0.1, params)
+
+
+@pytest.mark.parametrize("make", MAKERS)
+def test_obeys_the_laws_of_a_transformation(make):
+    check_transform(make(0.1), jax.tree.map(jnp.asarray, PARAMS), tolerance=1e-5)
 
 
 @functools.lru_cache

@@ -10,8 +10,7 @@ import pytest
 import nlx
 from nlx.memories import constant, linear
 from nlx.objectives import dot_product, l2
-from nlx.optim import gradient_memory
-from nlx.optim.gradient_memory import debiased
+from nlx.optim import debiased, gradient_memory
 
 PARAMS = {"w": (5, 3), "deep": [(4,), (), (2, 3, 2)], "nothing": None}
 
