@@ -31,7 +31,7 @@ import tyro
 from nlx_experiments import runs
 
 POLL = 0.001
-PATIENCE = 300.0
+PATIENCE = 1200.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
