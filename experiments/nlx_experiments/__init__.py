@@ -1,1 +1,2 @@
-"""nlx experiments."""
+# SPDX-License-Identifier: Apache-2.0
+"""The `nlx` command and the experiments it runs."""

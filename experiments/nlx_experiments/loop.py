@@ -43,7 +43,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
         corpus.train, length=config.length, batch=config.batch, seed=config.seed
     )
     positions = evaluate.scored_positions(corpus, config.length, config.eval_bytes)
-    with Run(config.folder) as run, StopRequest() as stop:
+    with Run(config.folder) as run:
         _claim(run, config, corpus)
         functions = learner.make(config)
         _cache_compilations(run)
@@ -55,8 +55,9 @@ def train(config: TrainConfig) -> dict[str, Any]:
                 return result
             runs.note_environment(run, say)
             batches = data.batches(dataset, position)
-            state = _advance(config, functions, run, checkpoints, state, batches, stop)
-        if state.step < config.steps and stop.received is not None:
+            with StopRequest() as stop:
+                state = _advance(config, functions, run, checkpoints, state, batches, stop)
+        if stop.received is not None:
             raise Stopped(
                 f"{stop.received.name}: step {state.step} of {config.steps} is saved in "
                 f"{run.folder}; the same command goes on from there.",

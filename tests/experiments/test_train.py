@@ -108,7 +108,7 @@ def test_the_report_carries_its_pictures(unbroken):
 
 
 def test_resume_is_bitwise(chosen, unbroken, monkeypatch):
-    for step, number in ((3, signal.SIGTERM), (5, signal.SIGINT)):
+    for step, number in ((3, signal.SIGTERM), (5, signal.SIGINT), (6, signal.SIGINT)):
         with monkeypatch.context() as patch:
             stop_at(patch, step, number)
             with pytest.raises(Stopped, match=f"step {step} of 6 is saved") as stopped:
