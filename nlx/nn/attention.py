@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.core import Tracer
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from nlx import memories, writes
@@ -60,7 +61,9 @@ class Attention(nnx.Module):
         theta: float = 10_000.0,
         rngs: nnx.Rngs,
     ):
-        """Args:
+        """Draws the four maps.
+
+        Args:
           width: channels of x and y, a multiple of 2 heads.
           heads: query heads, each of width / heads channels.
           kv_heads: key and value heads, a divisor of `heads`; None: `heads`.
@@ -93,7 +96,9 @@ class Attention(nnx.Module):
             memories.constant(output).init, softmax_l2, writes.gated(momentum=False), Clock(1)
         )
 
-    def init_state(self, batch: int, capacity: int, dtype=None) -> AttentionState:
+    def init_state(
+        self, batch: int, capacity: int, dtype: DTypeLike | None = None
+    ) -> AttentionState:
         """An empty cache.
 
         batch: rows. capacity: tokens a row's running segment may grow to. dtype: of x, None for
@@ -110,7 +115,9 @@ class Attention(nnx.Module):
         state: AttentionState | None = None,
         segment_ids: Int[Array, "b t"] | None = None,
     ) -> tuple[Float[Array, "b t d"], AttentionState | None]:
-        """Args:
+        """Mixes tokens with those before them.
+
+        Args:
           x: inputs, normalised by the caller.
           state: the cache to go on from; None: nothing came before, and none is built.
           segment_ids: tokens see only their own segment; see `nlx.nn.segments`.

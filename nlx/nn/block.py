@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """One block of a sequence model: a mixer over tokens, then a feed-forward over channels."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PyTree
 
 from nlx.nn.attention import Attention
 from nlx.nn.cms import CMS
+from nlx.nn.hope import SelfModifying
 from nlx.nn.norm import RMSNorm
 
 
@@ -21,13 +23,13 @@ class BlockState(NamedTuple):
 class Block(nnx.Module):
     """h = x + mixer(RMSNorm(x));  y = feed_forward(h), which has its own norms and residuals."""
 
-    def __init__(self, width: int, mixer: Attention | Any, feed_forward: CMS):
+    def __init__(self, width: int, mixer: Attention | SelfModifying, feed_forward: CMS):
         """width: channels. mixer, feed_forward: (x, state, segment_ids) -> (y, state)."""
         self.norm = RMSNorm(width)
         self.mixer = mixer
         self.feed_forward = feed_forward
 
-    def init_state(self, batch: int, capacity: int, dtype=None) -> BlockState:
+    def init_state(self, batch: int, capacity: int, dtype: DTypeLike | None = None) -> BlockState:
         """The state before the first token; see the mixer's and the feed-forward's."""
         return BlockState(
             self.mixer.init_state(batch, capacity, dtype),

@@ -4,6 +4,7 @@
 from collections.abc import Callable, Sequence
 
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from nlx.clock import Clock
@@ -45,7 +46,9 @@ class CMS(nnx.Module):
         mlp: Callable[..., MLP | SwiGLU] = MLP,
         rngs: nnx.Rngs,
     ):
-        """Args:
+        """Draws the blocks.
+
+        Args:
           width: channels of x and y.
           hidden: hidden units of each block.
           clocks: one per block, high to low frequency; a period of None is no level of its own: the
@@ -65,7 +68,9 @@ class CMS(nnx.Module):
             [CMSBlock(width, mlp(width, hidden, rngs=rngs), clock) for clock in clocks]
         )
 
-    def init_state(self, batch: int, capacity: int | None = None, dtype=None) -> tuple[()]:
+    def init_state(
+        self, batch: int, capacity: int | None = None, dtype: DTypeLike | None = None
+    ) -> tuple[()]:
         """Nothing is carried from token to token."""
         del batch, capacity, dtype
         return ()

@@ -4,6 +4,7 @@
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from nlx import memories, objectives, writes
@@ -38,7 +39,7 @@ class Convolution(nnx.Module):
             Clock(1),
         )
 
-    def init_state(self, batch: int, dtype=None) -> Window:
+    def init_state(self, batch: int, dtype: DTypeLike | None = None) -> Window:
         """No past. batch: rows. dtype: of x, None for that of the parameters."""
         check_sizes(batch=batch)
         taps, channels = self.kernel.shape

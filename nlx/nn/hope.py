@@ -7,6 +7,7 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from nlx import ops
@@ -84,7 +85,9 @@ class SelfModifying(nnx.Module):
         adaptive_query: bool = False,
         rngs: nnx.Rngs,
     ):
-        """Args:
+        """Draws the slow maps and where the memories start.
+
+        Args:
           width: channels of x and y, a multiple of `heads`.
           heads: heads, each with memories of its own over width / heads channels.
           hidden: hidden units of each memory.
@@ -141,7 +144,9 @@ class SelfModifying(nnx.Module):
             adaptive_query="query" in self.boxes,
         )
 
-    def init_state(self, batch: int, capacity: int | None = None, dtype=None) -> HopeState:
+    def init_state(
+        self, batch: int, capacity: int | None = None, dtype: DTypeLike | None = None
+    ) -> HopeState:
         """The state before the first token: its size does not depend on the capacity.
 
         batch: rows. dtype: of x, None for that of the parameters.
@@ -174,10 +179,12 @@ class SelfModifying(nnx.Module):
         state: HopeState | None = None,
         segment_ids: Int[Array, "b t"] | None = None,
     ) -> tuple[Float[Array, "b t d"], HopeState]:
-        """Args:
-        x: inputs, normalised by the caller.
-        state: as returned; None: nothing came before.
-        segment_ids: a new segment starts from the parameters; see `nlx.nn.segments`.
+        """Mixes tokens with those before them, and learns from them.
+
+        Args:
+          x: inputs, normalised by the caller.
+          state: as returned; None: nothing came before.
+          segment_ids: a new segment starts from the parameters; see `nlx.nn.segments`.
         """
         windows = {} if state is None else state.windows
         made = {

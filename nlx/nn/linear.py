@@ -4,7 +4,7 @@
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 
 def parameter(value: Float[Array, "..."], axes: tuple[str | None, ...]) -> nnx.Param:
@@ -56,7 +56,7 @@ class Embedding(nnx.Module):
         check_sizes(vocabulary=vocabulary, width=width)
         self.table = normal(rngs, (vocabulary, width), ("vocabulary", "embed"), width**-0.5)
 
-    def __call__(self, tokens) -> Float[Array, "b t d"]:
+    def __call__(self, tokens: Int[Array, "b t"]) -> Float[Array, "b t d"]:
         """tokens [b, t]: integers in [0, vocabulary); others are clipped by the look-up."""
         table = self.table[...]
         return table.shape[1] ** 0.5 * jnp.take(table, tokens, axis=0, mode="clip")

@@ -59,7 +59,9 @@ class LanguageModel(nnx.Module):
         state: ModelState | None = None,
         segment_ids: Int[Array, "b t"] | None = None,
     ) -> tuple[Float[Array, "b t s"], ModelState]:
-        """Args:
+        """Scores of the next token after each, from all tokens up to it.
+
+        Args:
           tokens: integers in [0, vocabulary).
           state: as `init_state` or an earlier call returned; None: nothing came before. Then
             attention builds no cache, so what is returned can't be gone on from.
