@@ -214,9 +214,11 @@ def test_the_demonstration(texts, tmp_path, capsys, monkeypatch):
 
 
 def test_the_demonstration_is_checked(texts, tmp_path, monkeypatch):
+    offset = {"hope-tiny": 1.0, "transformer++-tiny": 0.0}
     result = lambda c: {
         "preset": c.preset,
-        "bits_per_byte": 2.0 + c.seed / 10 + abs(c.learning_rate - 2.5e-3) + (c.preset[0] == "h"),
+        "optimizer": c.optimizer,
+        "bits_per_byte": 2.0 + c.seed / 10 + abs(c.learning_rate - 2.5e-3) + offset[c.preset],
     }
     monkeypatch.setattr(demo_check.loop, "train", result)
     (tmp_path / "README.md").write_text(
@@ -224,12 +226,14 @@ def test_the_demonstration_is_checked(texts, tmp_path, monkeypatch):
     )
     demo_check.main(demo_check.DemoCheck(runs=tmp_path / "runs", place=tmp_path))
     found = json.loads((tmp_path / "results" / "demo-check.json").read_text())
-    assert len(found["runs"]) == 18
+    assert len(found["runs"]) == 27
     readme = (tmp_path / "README.md").read_text()
     assert readme.startswith(f"before\n{demo_check.BEGIN}\n| model ")
     assert readme.endswith(f"{demo_check.END}\nafter\n")
-    assert "| hope-tiny | 0.0025 | 3.100 | 0.100 | 3.000, 3.100, 3.200 |" in readme
-    assert "at its best learning rate 0.0025 hope-tiny needs 3.100 bits per byte" in readme
+    for optimizer in ("adamw", "dmgd"):
+        row = f"| hope-tiny | {optimizer} | 0.0025 | 3.100 | 0.100 | 3.000, 3.100, 3.200 |"
+        assert row in readme
+    assert "hope-tiny with adamw 3.100 at 0.0025;" in readme
     assert "+47.6 %" in readme
     assert "old" not in readme
 
