@@ -6,8 +6,8 @@ shows      held-out bits per byte of hope-tiny, of transformer++-tiny, and of ho
            deep optimizer, the same three learning rates for all, three seeds; written to
            experiments/results/demo-check.json and into experiments/README.md
 expects    Hope within 3 % of Transformer++ or better, each at its best rate
-takes      27 trainings as in the demonstration, about 50 minutes on two cores; stopped at any moment,
-           the same command goes on
+takes      27 trainings as in the demonstration, about 50 minutes on two cores; stopped at any
+           moment, the same command goes on
 """
 
 import dataclasses
