@@ -436,7 +436,29 @@ def test_bad_nests_get_a_sentence():
             nest.step(states, jax.tree.map(lambda x: x[0], contexts))
     nest = nlx.Nest({"a": level, "b": level}, lambda p, c: (c, {"a": c, "b": c}))
     states = nest.start(nest.init(jax.random.key(0)))
-    with pytest.raises(ValueError, match=r"`states` are of \['a'\], but `levels` are \['a', 'b'\]"):
+    with pytest.raises(ValueError, match=r"`states` are of \['a'\]; they must be of \['a', 'b'\]"):
         nest.scan({"a": states["a"]}, contexts)
     with pytest.raises(ValueError, match=r"`states` must all stand at one tick, got \[0, 1\]"):
         nest.scan({"a": states["a"], "b": states["b"]._replace(tick=1)}, contexts)
+    with pytest.raises(ValueError, match=r"`params` are of \['a'\]; they must be of \['gated', "):
+        trio([nlx.Clock(1)] * 3).start({"a": 1})
+
+
+def test_what_comes_after_a_block_counts_nowhere_though_it_is_not_finite():
+    nest = trio([nlx.Clock(*clock) for clock in COPRIME])
+    params, contexts = nest.init(jax.random.key(1)), sequence(9)
+    bad = jax.tree.map(lambda x: x.at[3:].set(jnp.nan), contexts)
+
+    for tick in (0, jnp.int32(0)):
+        run = jax.jit(lambda contexts, tick=tick: nest.scan(nest.start(params, tick), contexts)[1])
+        np.testing.assert_array_equal(run(bad)[:3], run(contexts)[:3])
+
+
+def test_integer_ticks_have_no_largest():
+    nest = trio([nlx.Clock(*clock) for clock in COPRIME])
+    params, contexts = nest.init(jax.random.key(1)), sequence(4)
+    late = 105 * 2**40  # a whole number of rounds of all three clocks
+    states, outputs = nest.scan(nest.start(params, late + 1), contexts)
+    _, expected = nest.scan(nest.start(params, 1), contexts)
+    np.testing.assert_array_equal(outputs, expected)
+    assert states["chain"].tick == late + 5
