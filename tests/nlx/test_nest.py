@@ -445,13 +445,25 @@ def test_bad_nests_get_a_sentence():
 
 
 def test_what_comes_after_a_block_counts_nowhere_though_it_is_not_finite():
-    nest = trio([nlx.Clock(*clock) for clock in COPRIME])
-    params, contexts = nest.init(jax.random.key(1)), sequence(9)
-    bad = jax.tree.map(lambda x: x.at[3:].set(jnp.nan), contexts)
+    memory = memories.linear(D, D)
+    levels = {
+        str(period): nlx.associative_memory(
+            memory, objectives.l2, writes.gated(), nlx.Clock(period)
+        )
+        for period in (2, 3)  # blocks end after ticks 1, 2, 3, 5
+    }
 
+    def forward(params, x):
+        read = sum(memory.read(weights, x["k"]) for weights in params.values())
+        return read, dict.fromkeys(levels, nlx.Association(x["k"], x["v"]))
+
+    nest = nlx.Nest(levels, forward)
+    contexts, params = sequence(6), nest.init(jax.random.key(0))
+    bad = contexts | {"v": contexts["v"].at[3:].set(jnp.nan)}
     for tick in (0, jnp.int32(0)):
         run = jax.jit(lambda contexts, tick=tick: nest.scan(nest.start(params, tick), contexts)[1])
-        np.testing.assert_array_equal(run(bad)[:3], run(contexts)[:3])
+        np.testing.assert_array_equal(run(bad)[:4], run(contexts)[:4])
+        assert np.isnan(run(bad)[4:]).all()
 
 
 def test_integer_ticks_have_no_largest():
