@@ -42,7 +42,7 @@ def hope(draw, t, f=4):
 
 
 @pytest.mark.parametrize(
-    "make", [linear, mlp, pytest.param(hope, marks=pytest.mark.slow)], ids=lambda f: f.__name__
+    "make", [linear, *(pytest.param(f, marks=pytest.mark.slow) for f in (mlp, hope))]
 )
 def test_op_obeys_the_laws(make, draw, x64):
     op, given, options = make(draw, 6)

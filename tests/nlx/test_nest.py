@@ -118,7 +118,7 @@ DIVIDING = ((2, 1), (8, 3), (4, -1))
 COPRIME = ((3, 0), (5, 2), (7, 1))
 
 
-@hypothesis.settings(max_examples=hypothesis.settings().max_examples // 2)
+@hypothesis.settings(max_examples=hypothesis.settings().max_examples // 4)
 @hypothesis.given(
     clocks=st.tuples(*[st.tuples(st.sampled_from([1, 2, 3, 4, 5, 6, 8]), st.integers(0, 7))] * 3),
     ticks=st.sampled_from([1, 19]),
@@ -278,7 +278,8 @@ def hope_loop(params, tokens, chunk, projection_chunk, after_write):
 
 
 @pytest.mark.parametrize(
-    ("chunk", "projection_chunk", "after_write"), [(2, 4, False), (3, 2, True)]
+    ("chunk", "projection_chunk", "after_write"),
+    [pytest.param(2, 4, False, marks=pytest.mark.slow), (3, 2, True)],
 )
 def test_hope_equals_a_plain_loop_and_its_gradients(x64, chunk, projection_chunk, after_write):
     nest = hope(chunk, projection_chunk, after_write)
