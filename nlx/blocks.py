@@ -10,12 +10,13 @@ else as masked blocks whose number is bounded at trace time.
 
 import functools
 from collections.abc import Callable, Mapping
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from nlx.clock import Clock, as_array
+from nlx.clock import Clock
 from nlx.writes import fire_if
 
 
@@ -78,7 +79,7 @@ def tick_of(wiring: Wiring, states: Mapping[str, Any]) -> Any:
     """The tick at which all states stand. Raises ValueError where they visibly don't agree."""
     check_names("states", states, wiring.levels)
     ticks = [state.tick for state in states.values()]
-    if len({tick for tick in ticks if isinstance(tick, int)}) > 1:
+    if len({tick for tick in ticks if isinstance(tick, Integral)}) > 1:
         raise ValueError(f"`states` must all stand at one tick, got {ticks}.")
     return ticks[0]
 
@@ -99,7 +100,7 @@ def scan(wiring: Wiring, states: Mapping[str, Any], contexts: Any) -> tuple[dict
         if wiring.read is not None:
             working = wiring.working(params, carries)
             outputs = jax.vmap(wiring.read, (None, 0, 0))(working, outputs, contexts)
-    elif isinstance(tick, int) and _divide([clock for clock, _ in groups]):
+    elif isinstance(tick, Integral) and _divide([clock for clock, _ in groups]):
         params, carries, outputs = _nested(wiring, groups, params, carries, contexts, tick)
     else:
         params, carries, outputs = _masked(wiring, params, carries, contexts, tick)
@@ -187,8 +188,7 @@ def _masked(wiring: Wiring, params: dict, carries: dict, contexts, tick):
         lambda x: jnp.concatenate([x, jnp.repeat(x[-1:], size, axis=0)]), contexts
     )
     moving = [name for _, group in groups for name in group]
-    # A clock's own tick: a Python integer may be larger than an array of ticks can hold.
-    begin = {c: as_array(tick % c.period if isinstance(tick, int) else tick) for c in clocks}
+    begin = {c: jnp.asarray(tick % c.period, jnp.int32) for c in clocks}  # whatever the tick
 
     def block(state, _):
         moved, carries, start = state
@@ -204,14 +204,15 @@ def _masked(wiring: Wiring, params: dict, carries: dict, contexts, tick):
 
         current = {**params, **moved}
         piece = jax.tree.map(cut, padded)
-        carries, outputs = _block(wiring, current, carries, piece, valid)
+        written, outputs = _block(wiring, current, carries, piece, valid)
+        any_tick = ticks > 0
+        carries = jax.tree.map(lambda new, old: jnp.where(any_tick, new, old), written, carries)
         for clock, names in groups:
-            firing = (ticks > 0) & clock.fires(begin[clock] + start + ticks - 1)
+            firing = any_tick & clock.fires(begin[clock] + start + ticks - 1)
             current, carries = _fire(wiring, names, firing, current, carries)
         return ({name: current[name] for name in moving}, carries, start + ticks), (outputs, start)
 
-    origin = jnp.zeros_like(as_array(0 if isinstance(tick, int) else tick))
-    state = ({name: params[name] for name in moving}, carries, origin)
+    state = ({name: params[name] for name in moving}, carries, jnp.zeros((), jnp.int32))
     state, (outputs, starts) = jax.lax.scan(block, state, length=_most_blocks(clocks, length))
     ticks = jnp.arange(length, dtype=starts.dtype)
     at = jnp.searchsorted(starts, ticks, side="right") - 1

@@ -4,7 +4,6 @@
 import dataclasses
 from numbers import Integral
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
@@ -54,8 +53,3 @@ class Clock:
         """(tick + shift) % period, without a step below 0 or above the tick's own range."""
         assert self.period is not None
         return (tick % self.period + shift % self.period) % self.period
-
-
-def as_array(tick: Tick) -> Int[Array, "..."]:
-    """A tick as an array of its own integer type, int32 for a Python integer."""
-    return jax.lax.convert_element_type(tick, getattr(tick, "dtype", jnp.int32))

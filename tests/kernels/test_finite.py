@@ -60,7 +60,7 @@ def compiled():
             def run(given, reached):
                 def total(given):
                     y, state = op(given)
-                    return jnp.sum(jnp.where(reached[..., None], 0, y)), (y, state)
+                    return jnp.sum(jnp.sin(jnp.where(reached[..., None], 0, y))), (y, state)
 
                 slopes, outputs = jax.grad(total, has_aux=True)(given)
                 return outputs, slopes
@@ -88,6 +88,8 @@ def test_a_bad_token_reaches_what_follows_it_in_its_segment(case, name, bad, dra
     for slope, other in zip(jax.tree.leaves(slopes), jax.tree.leaves(clean_slopes), strict=True):
         assert np.all(np.isfinite(slope))
         assert slope.shape != y.shape or np.allclose(slope[1], other[1], atol=1e-6)
+    _, slopes = run(given | {name: given[name].at[at].set(bad)}, np.zeros_like(reached))
+    assert any(np.any(np.isnan(slope)) for slope in jax.tree.leaves(slopes))  # so is the loss
 
 
 def test_a_bad_state_reaches_its_own_segment(draw, compiled):

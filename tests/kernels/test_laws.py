@@ -4,6 +4,7 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 import nlx_kernels
 import pytest
 
@@ -51,17 +52,36 @@ def test_op_obeys_the_laws(make, draw, x64):
 
 
 @pytest.mark.parametrize(
-    ("make", "states", "copies"), [(linear, 2 * 2 * 9, 5), (mlp, 2 * 384, 4), (hope, 2 * 1920, 7)]
+    ("make", "segments", "copies", "states", "size"),
+    [
+        (linear, False, 5, 1, 2 * 2 * 9),
+        (linear, True, 5, 1, 2 * 2 * 9),
+        (mlp, False, 4, 2, 2 * 384),  # working weights and momentum
+        (mlp, True, 4, 3, 2 * 384),  # and the weights at the start of a chunk that goes on
+        (hope, False, 7, 2, 2 * 1920),
+    ],
 )
-def test_op_saves_its_inputs_and_the_states_at_chunk_starts(make, states, copies, draw):
+def test_op_saves_its_inputs_and_the_states_at_chunk_starts(
+    make, segments, copies, states, size, draw
+):
     """`copies` of the inputs, as given, in windows, and what a block makes of them (linear)."""
 
     def saved(t):
         """Numbers that the backward pass is handed, and numbers in the inputs."""
         op, given, _ = make(draw, t, **({} if make is linear else {"f": 64}))
-        pull = jax.eval_shape(lambda given: jax.vjp(lambda given: op(**given), given)[1], given)
+        ids = jnp.zeros((2, t), jnp.int32) if segments else None
+        run = lambda given: op(**given, segment_ids=ids)
+        pull = jax.eval_shape(lambda given: jax.vjp(run, given)[1], given)
         return [sum(x.size for x in jax.tree.leaves(tree)) for tree in (pull, given)]
 
-    (short, few), (long, many) = saved(64), saved(128)
-    chunks = 16
-    assert long - short <= copies * (many - few) + 2 * chunks * states
+    (short, few), (long, many) = saved(8), saved(16)
+    chunks = 2
+    assert long - short <= copies * (many - few) + states * chunks * size
+
+
+@pytest.mark.parametrize("make", [linear, mlp])
+def test_op_loops_over_chunks_only_where_segments_begin(make, draw, loops):
+    op, given, _ = make(draw, 64)
+    ids = draw.segments(2, 64)
+    slope = jax.grad(lambda given: jnp.sum(op(**given, segment_ids=ids)[0]))
+    assert set(loops(jax.make_jaxpr(slope)(given).jaxpr)) == {16}

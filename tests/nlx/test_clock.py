@@ -9,7 +9,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import nlx
-from nlx.clock import as_array
 
 
 @given(period=st.integers(1, 9), phase=st.integers(-12, 12), tick=st.integers(0, 40))
@@ -56,11 +55,6 @@ def test_a_bad_phase_gets_a_sentence():
 def test_clocks_are_equal_and_hash_by_value():
     assert nlx.Clock(4) == nlx.Clock(4, 0)
     assert len({nlx.Clock(4), nlx.Clock(4), nlx.Clock(4, 1)}) == 2
-
-
-def test_as_array_keeps_the_type_of_arrays():
-    assert as_array(3).dtype == jnp.int32
-    assert as_array(jnp.int16(3)).dtype == jnp.int16
 
 
 @pytest.mark.parametrize("kind", [jnp.uint8, jnp.uint32, jnp.int32])

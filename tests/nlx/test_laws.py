@@ -11,6 +11,7 @@ import pytest
 
 import nlx
 from nlx import memories, objectives, testing, writes
+from nlx.self_modifying import Token, self_modifying_nest
 
 T, D = 6, 3
 
@@ -84,6 +85,15 @@ def chain(write, clocks):
 def test_a_nest_obeys_the_laws():
     nest = chain(writes.summed(optax.sgd(0.2)), (nlx.Clock(2), nlx.Clock(3)))
     testing.check_nest(nest, sequence("rate", "retain", "momentum"), splits=[3, 1])
+
+
+@pytest.mark.slow
+def test_hope_obeys_the_laws():
+    nest = self_modifying_nest(2, 3, chunk_size=3, projection_chunk_size=2, momentum=True)
+    random = np.random.default_rng(0)
+    streams = (jnp.asarray(random.normal(size=(4, 2)), jnp.float32) for _ in range(4))
+    momentum = jnp.asarray(random.uniform(size=4), jnp.float32)
+    testing.check_nest(nest, Token(*streams, momentum=momentum))
 
 
 def test_a_nest_as_a_level_obeys_the_laws():

@@ -467,11 +467,29 @@ def test_what_comes_after_a_block_counts_nowhere_though_it_is_not_finite():
         assert np.isnan(run(bad)[4:]).all()
 
 
-def test_integer_ticks_have_no_largest():
+def test_a_block_of_no_ticks_does_not_bring_back_what_a_rule_dropped():
+    rule = optax.chain(optax.zero_nans(), optax.sgd(0.1))
+    memory = memories.linear(D, D)
+    level = nlx.associative_memory(memory, objectives.l2, writes.summed(rule), nlx.Clock(3))
+    values = normal(1, 6, D).at[5].set(jnp.nan)
+    contexts, start = nlx.Association(normal(0, 6, D), values), level.start(jnp.eye(D), jnp.int32(0))
+    after = jax.jit(level.scan)(start, contexts)  # the third of three blocks is empty
+    stepped, _ = jax.lax.scan(lambda s, c: (level.step(s, c), None), start, contexts)
+    close(after, stepped, 1e-6)
+    for leaf in jax.tree.leaves(after):
+        assert np.all(np.isfinite(leaf))
+
+
+@pytest.mark.parametrize(
+    "tick",
+    [10**15 + 7, np.int64(10**15 + 7), jnp.uint32(0)],
+    ids=lambda tick: type(tick).__name__,
+)
+def test_ticks_may_be_of_any_integer_type_and_size(tick):
     nest = trio([nlx.Clock(*clock) for clock in COPRIME])
     params, contexts = nest.init(jax.random.key(1)), sequence(4)
-    late = 105 * 2**40  # a whole number of rounds of all three clocks
-    states, outputs = nest.scan(nest.start(params, late + 1), contexts)
-    _, expected = nest.scan(nest.start(params, 1), contexts)
+    states, outputs = nest.scan(nest.start(params, tick), contexts)
+    _, expected = nest.scan(nest.start(params, int(tick) % 105), contexts)
     np.testing.assert_array_equal(outputs, expected)
-    assert states["chain"].tick == late + 5
+    assert type(states["chain"].tick) is type(tick)
+    assert int(states["chain"].tick) == int(tick) + 4
