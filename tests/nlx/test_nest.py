@@ -472,7 +472,10 @@ def test_a_block_of_no_ticks_does_not_bring_back_what_a_rule_dropped():
     memory = memories.linear(D, D)
     level = nlx.associative_memory(memory, objectives.l2, writes.summed(rule), nlx.Clock(3))
     values = normal(1, 6, D).at[5].set(jnp.nan)
-    contexts, start = nlx.Association(normal(0, 6, D), values), level.start(jnp.eye(D), jnp.int32(0))
+    contexts, start = (
+        nlx.Association(normal(0, 6, D), values),
+        level.start(jnp.eye(D), jnp.int32(0)),
+    )
     after = jax.jit(level.scan)(start, contexts)  # the third of three blocks is empty
     stepped, _ = jax.lax.scan(lambda s, c: (level.step(s, c), None), start, contexts)
     close(after, stepped, 1e-6)
