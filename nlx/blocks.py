@@ -79,7 +79,7 @@ def tick_of(wiring: Wiring, states: Mapping[str, Any]) -> Any:
     """The tick at which all states stand. Raises ValueError where they visibly don't agree."""
     check_names("states", states, wiring.levels)
     ticks = [state.tick for state in states.values()]
-    if len({tick for tick in ticks if isinstance(tick, Integral)}) > 1:
+    if len({int(tick) for tick in ticks if isinstance(tick, Integral)}) > 1:
         raise ValueError(f"`states` must all stand at one tick, got {ticks}.")
     return ticks[0]
 
@@ -101,7 +101,7 @@ def scan(wiring: Wiring, states: Mapping[str, Any], contexts: Any) -> tuple[dict
             working = wiring.working(params, carries)
             outputs = jax.vmap(wiring.read, (None, 0, 0))(working, outputs, contexts)
     elif isinstance(tick, Integral) and _divide([clock for clock, _ in groups]):
-        params, carries, outputs = _nested(wiring, groups, params, carries, contexts, tick)
+        params, carries, outputs = _nested(wiring, groups, params, carries, contexts, int(tick))
     else:
         params, carries, outputs = _masked(wiring, params, carries, contexts, tick)
     after = {
