@@ -40,3 +40,4 @@ from nlx.optim.shampoo import scale_by_shampoo as scale_by_shampoo
 from nlx.optim.shampoo import scale_by_soap as scale_by_soap
 from nlx.optim.shampoo import shampoo as shampoo
 from nlx.optim.shampoo import soap as soap
+from nlx.optim.sharding import state_sharding as state_sharding

@@ -12,7 +12,7 @@ from nlx.optim.alias import with_learning_rate
 from nlx.optim.averages import average, check_decays, matrices_and_others, moments, stored
 from nlx.optim.gradient_memory import Gate, check_range
 from nlx.optim.level import nestwise
-from nlx.optim.matrices import across, of_eigenvalues, outer, outer_like, sides
+from nlx.optim.matrices import across, gathered, of_eigenvalues, outer, outer_like, sides
 
 Transformation = optax.GradientTransformationExtraArgs
 
@@ -129,7 +129,7 @@ def scale_by_adagrad_memory(
 
     def readout(before, after, moment):
         del before
-        kept, left = after["second"], side(moment.gradient) == -2
+        kept, left = gathered(after["second"]), side(moment.gradient) == -2
         return across(lambda m: kept @ m if left else m @ kept, after["first"])
 
     return matrices_and_others(

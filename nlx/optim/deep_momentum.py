@@ -18,6 +18,7 @@ from nlx.nest import Nest
 from nlx.optim.alias import with_learning_rate
 from nlx.optim.gradient_memory import Gate, check_range, debiased
 from nlx.optim.level import leafwise, wide_dtype
+from nlx.optim.matrices import gathered, split_like
 from nlx.optim.momentum import scale_by_second_moment
 
 Form = Literal["rows", "coordinates"]
@@ -184,7 +185,8 @@ def _nest(like, deep: Deep) -> Nest:
     write = writes.gated(momentum=False)
     memory = _deep_memory(like, deep) if _learns(like, deep.memory) else None
     average = associative_memory(memories.constant(like), objectives.l2, write, Clock(1))
-    vectors, entries = (_rows, _rows) if deep.memory == "rows" else (_singles, _single)
+    turned, entries = (_rows, _rows) if deep.memory == "rows" else (_singles, _single)
+    vectors = lambda x: turned(gathered(x))
     levels = {"average": average}
     if memory is not None:
         storing = _printed if deep.objective == "dot" else objectives.l2
@@ -200,7 +202,7 @@ def _nest(like, deep: Deep) -> Nest:
             jnp.clip(vectors(x) / moment.scale, -deep.clip, deep.clip)
             for x in (source, moment.gradient)
         )
-        return Association(key, value, deep.inner_lr / _power(params["deep"], key), retain)
+        return Association(key, value, deep.inner_lr / _power(_whole(params["deep"]), key), retain)
 
     def forward(params, moment: Moment):
         contexts = {"average": Association((), moment.gradient, moment.share)}
@@ -210,14 +212,15 @@ def _nest(like, deep: Deep) -> Nest:
 
     def read(working, _, moment: Moment):
         if memory is not None and deep.objective == "dot":
-            return -entries(memory.read(working["deep"], vectors(moment.gradient)))
+            recalled = memory.read(working["deep"], vectors(moment.gradient))
+            return -split_like(entries(recalled), moment.gradient)
         query = working["average"]
         if deep.nesterov:
             query = query + moment.ahead * (moment.gradient - query)
         if memory is None:
             return query
         recalled = memory.read(working["deep"], vectors(query) / moment.scale)
-        return moment.scale * entries(recalled)
+        return moment.scale * split_like(entries(recalled), moment.gradient)
 
     return Nest(levels, forward, read=read)
 
@@ -238,8 +241,9 @@ def _deep_memory(like, deep: Deep) -> Memory:
         weights = [_cosines(*shape, wide_dtype(like)) for shape in shapes]
         return (*weights[:-1], jnp.zeros_like(weights[-1]))
 
-    residual = deep.objective == "predictive"
-    return memories.mlp(sizes, jnp.tanh, residual)._replace(init=init)
+    memory = memories.mlp(sizes, jnp.tanh, residual=deep.objective == "predictive")
+    read = lambda params, key: memory.read(_whole(params), key)
+    return memory._replace(init=init, read=read)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
@@ -259,6 +263,10 @@ def _fields(states, square, absent):
     """A leaf's fields of `DeepMomentumState`: with period 1 the working weights are the state."""
     weights = {name: state.carry.weights for name, state in states.items()}
     return weights["average"], square, weights.get("deep", absent)
+
+
+def _whole(weights):
+    return jax.tree.map(gathered, weights)
 
 
 def _learns(leaf, memory: Form) -> bool:

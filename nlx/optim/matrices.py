@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 LARGEST = 2048  # a longer side has no statistic: an eigendecomposition costs its cube
@@ -49,9 +49,18 @@ def of_eigenvalues(
     symmetric: Float[Array, "*n d d"],
 ) -> Float[Array, "*n d d"]:
     """V f(w, largest w) V^T for symmetric V w V^T >= 0, rounding errors below 0 taken as 0."""
-    values, vectors = jnp.linalg.eigh(symmetric)
-    values = jnp.maximum(values, 0)
-    return (vectors * function(values, values[..., -1:])[..., None, :]) @ vectors.mT
+
+    def made(symmetric):
+        values, vectors = jnp.linalg.eigh(symmetric)
+        values = jnp.maximum(values, 0)
+        return (vectors * function(values, values[..., -1:])[..., None, :]) @ vectors.mT
+
+    return across(made, symmetric)
+
+
+def eigenvectors(symmetric: Float[Array, "*n d d"]) -> Float[Array, "*n d d"]:
+    """V, as columns by growing eigenvalue."""
+    return across(lambda x: jnp.linalg.eigh(x)[1], symmetric)
 
 
 def unit(u: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -74,14 +83,19 @@ def resized(x: Float[Array, "..."], like: Float[Array, "..."]) -> Float[Array, "
 
 def gathered(x: Float[Array, "..."]) -> Float[Array, "..."]:
     """x whole on every device, where its type says that it is split (explicit sharding)."""
-    spec = jax.typeof(x).sharding.spec
-    return jax.sharding.reshard(x, PartitionSpec(*[None] * x.ndim)) if any(spec) else x
+    split = jax.typeof(x).sharding
+    whole = NamedSharding(split.mesh, PartitionSpec(*[None] * x.ndim))
+    return jax.sharding.reshard(x, whole) if any(split.spec) else x
+
+
+def split_like(x: Float[Array, "..."], like: Float[Array, "..."]) -> Float[Array, "..."]:
+    """x split over devices as `like` is, where that is split by its type."""
+    split = jax.typeof(like).sharding
+    return jax.sharding.reshard(x, split) if any(split.spec) else x
 
 
 def across(
     function: Callable[[Float[Array, "..."]], Float[Array, "..."]], x: Float[Array, "..."]
 ) -> Float[Array, "..."]:
-    """function(x) of the whole x, split like x, where x is split by its type."""
-    spec = jax.typeof(x).sharding.spec
-    y = function(gathered(x))
-    return jax.sharding.reshard(y, PartitionSpec(*spec)) if any(spec) else y
+    """function(x) of the whole x, split like x."""
+    return split_like(function(gathered(x)), x)

@@ -18,6 +18,7 @@ from nlx.optim.gradient_memory import Gate, check_range
 from nlx.optim.level import nestwise
 from nlx.optim.matrices import (
     across,
+    eigenvectors,
     gathered,
     of_eigenvalues,
     outer,
@@ -130,7 +131,7 @@ def scale_by_soap(
     check_range("eps", eps)
 
     def nest(leaf) -> Nest:
-        levels = {axis: _slow(leaf, axis, clock, _eigenvectors) for axis in sides(leaf)}
+        levels = {axis: _slow(leaf, axis, clock, eigenvectors) for axis in sides(leaf)}
         project = lambda params, u: across(lambda x: _between(x, params, transposed=True), u)
         return _nest(leaf, levels, project)
 
@@ -205,11 +206,7 @@ def _between(
     x: Float[Array, "*n i o"], params: dict[str, Any], transposed: bool
 ) -> Float[Array, "*n i o"]:
     """A x B^T with A, B the sides that `params` has, or their transposes."""
-    turn = (lambda m: m.mT) if transposed else lambda m: m
+    turn = lambda m: gathered(m).mT if transposed else gathered(m)
     if "left" in params:
         x = turn(params["left"]) @ x
     return x @ turn(params["right"]).mT if "right" in params else x
-
-
-def _eigenvectors(statistic: Float[Array, "*n d d"]) -> Float[Array, "*n d d"]:
-    return jnp.linalg.eigh(statistic)[1]
