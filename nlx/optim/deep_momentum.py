@@ -66,6 +66,7 @@ def scale_by_deep_momentum(
     nesterov: bool = True,
     scale_decay: Gate = 0.999,
     clip: Gate = 10.0,
+    robust: Gate | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Momentum whose memory is an MLP that learns, online, from the stream of gradients u.
 
@@ -90,6 +91,9 @@ def scale_by_deep_momentum(
         the linear memory z + z W. inner_lr: >= 0, useful in 0.02 to 0.3; 0 gives Nesterov momentum.
     retention: in [0, 1], what the memory keeps each step. scale_decay: in [0, 1]. clip: >= 0,
         in units of s.
+    robust: >= 1; both memories store a row of u that is longer than `robust` times the root mean
+        square of rows so far (so shortened themselves) as if it were just that long, as Huber's
+        objective does. For gradients with outliers: 1.5. None: as they are.
 
     Raises ValueError for any other argument. With `optax.inject_hyperparams` all numbers may vary.
     Source: Behrouz et al. (2025), Nested Learning, eqs. 50, 52, 89; only a target made of u gives
@@ -103,6 +107,8 @@ def scale_by_deep_momentum(
         ("clip", clip, None),
     ):
         check_range(name, value, most)
+    if isinstance(robust, int | float) and not robust >= 1:
+        raise ValueError(f"`robust` must be >= 1 or None, got {robust!r}.")
     if isinstance(hidden, int) or any(not isinstance(n, int) or n < 1 for n in hidden):
         raise ValueError(f"`hidden` must be a sequence of integers >= 1, got {hidden!r}.")
     for name, value, names in (("memory", memory, Form), ("objective", objective, Storing)):
@@ -126,6 +132,8 @@ def scale_by_deep_momentum(
         del param
         mu, square, phi = fields
         share, slow = debiased(decay), debiased(scale_decay)(tick)
+        if robust is not None:
+            gradient = _shortened(gradient, square, robust, memory, tick)
         square = square + slow.astype(square.dtype) * (_mean_square(gradient) - square)
         moment = Moment(gradient, _root(square), share(tick), share(tick + 1))
         leaf_nest, weights = nest(gradient), {"average": mu, "deep": phi}
@@ -148,6 +156,7 @@ def dmgd(
     nesterov: bool = True,
     scale_decay: Gate = 0.999,
     clip: Gate = 10.0,
+    robust: Gate | None = None,
     precondition: bool = True,
     weight_decay: Gate = 0.0,
     mask: Any = None,
@@ -175,6 +184,7 @@ def dmgd(
         nesterov=nesterov,
         scale_decay=scale_decay,
         clip=clip,
+        robust=robust,
     )
     first = scale_by_second_moment() if precondition else optax.identity()
     return with_learning_rate(learning_rate, first, deep, weight_decay=weight_decay, mask=mask)
@@ -301,6 +311,19 @@ def _mean_square(gradient: Float[Array, "..."]) -> Float[Array, ""]:
     """Of all entries, at most the largest finite number; 0 of none."""
     mean = jnp.sum(jnp.square(gradient)) / max(gradient.size, 1)
     return jnp.minimum(mean, jnp.finfo(gradient.dtype).max)
+
+
+def _shortened(gradient, square, robust, memory: Form, tick) -> Float[Array, "..."]:
+    """Rows of mean square above robust^2 `square` scaled down to it; at first, the median's."""
+    rows = _rows(gradient) if memory == "rows" and gradient.ndim >= 2 else gradient[..., None]
+    size = jnp.mean(jnp.square(rows), -1, keepdims=True)
+    size = jnp.minimum(size, jnp.finfo(size.dtype).max)
+    if gradient.size == 0:
+        return gradient
+    usual = jnp.where(tick == 0, jnp.median(size), square)
+    most = jnp.square(robust).astype(size.dtype) * usual
+    rows = rows * jnp.sqrt(jnp.where(size > most, most / jnp.where(size > 0, size, 1), 1))
+    return _rows(rows) if memory == "rows" and gradient.ndim >= 2 else rows[..., 0]
 
 
 def _root(square: Float[Array, ""]) -> Float[Array, ""]:

@@ -16,17 +16,22 @@ memories, which learn a map of gradients, are in `nlx.optim.deep_momentum`.
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
-from nlx import memories, ops
+from nlx import memories, ops, writes
+from nlx.clock import Clock
+from nlx.level import Association, associative_memory
 from nlx.memories import Memory
+from nlx.nest import Nest
 from nlx.objectives import dot_product, l2
 from nlx.optim.adam_memory import scale_by_adam_memory
 from nlx.optim.alias import with_learning_rate
-from nlx.optim.averages import bounded, matrices_and_others
+from nlx.optim.averages import average, bounded, matrices_and_others, moments, stored
 from nlx.optim.gradient_memory import Gate, Map, check_range, debiased, gradient_memory
+from nlx.optim.level import nestwise
 from nlx.optim.matrices import across, gathered, is_matrix, like_adam, unit
 
 Transformation = optax.GradientTransformationExtraArgs
@@ -105,11 +110,17 @@ def preconditioned_momentum(
 
 
 def scale_by_delta_momentum(
-    decay: Gate = 0.9, *, erase: Gate = 1.0, nesterov: bool = True, literal: bool = False
+    decay: Gate = 0.9,
+    *,
+    erase: Gate = 1.0,
+    scale_decay: Gate = 0.0,
+    nesterov: bool = True,
+    literal: bool = False,
 ) -> Transformation:
     """Momentum that erases what it holds along each new gradient before it stores it.
 
-    m <- (decay I - c u u^T) m + u ;  c = erase / ||u||_F^2     for each kernel u, m [..., in, out]
+    m <- (decay I - c u u^T) m + u ;  c = erase / s^2     for each kernel u, m [..., in, out]
+    s^2 = debiased average of ||u||_F^2
 
     One step of descent on the L2 objective 1/2 ||m^T u - (-P)||^2, whose quadratic part has a rate
     of its own: value and erasure are <m, u> and c/2 ||u^T m||^2. Along directions that keep coming
@@ -117,6 +128,8 @@ def scale_by_delta_momentum(
     u^T u = ||u||^2; leading axes hold kernels of their own.
 
     decay: in [0, 1]. erase: >= 0, stable up to 1 + decay; 0 is `scale_by_momentum`.
+    scale_decay: in [0, 1], of s^2; 0: s^2 is ||u||_F^2 itself, so of a vector m all directions
+        shrink alike. With an average a vector's m shrinks where gradients are large.
     nesterov: read u + decay m.
     literal: the printed rule, c = erase (1 in the paper) and update = m. Its recursion contains no
         learning rate, so it diverges at any where erase ||u||^2 > 1 + decay, that is, as a rule.
@@ -127,6 +140,7 @@ def scale_by_delta_momentum(
     """
     _check(decay)
     check_range("erase", erase)
+    check_range("scale_decay", scale_decay, 1)
 
     def objective(output, value):
         held, recalled = output
@@ -135,14 +149,40 @@ def scale_by_delta_momentum(
     def direction(u: Float[Array, "..."]) -> Float[Array, "..."]:
         return u if literal else unit(u)
 
-    return gradient_memory(
-        _recalling,
-        objective,
-        features=direction,
-        target=lambda u: u,
-        retain=decay,
-        readout=_first if literal or not nesterov else _ahead(decay, _first),
-    )
+    readout = _first if literal or not nesterov else _ahead(decay, _first)
+    if literal or (isinstance(scale_decay, int | float) and scale_decay == 0):
+        return gradient_memory(
+            _recalling,
+            objective,
+            features=direction,
+            target=lambda u: u,
+            retain=decay,
+            readout=readout,
+        )
+
+    def nest(leaf) -> Nest:
+        size = jax.ShapeDtypeStruct(_norms(leaf.shape), leaf.dtype)
+        held = associative_memory(
+            _recalling(leaf), objective, writes.gated(momentum=False), Clock(1)
+        )
+
+        def forward(params, moment):
+            u, share = moment.gradient, moment.second
+            square = jnp.sum(jnp.square(u), tuple(range(u.ndim))[-2:]).reshape(_norms(u.shape))
+            mean = share.retain * params["size"] + share.rate * square
+            mean = jnp.where(mean >= jnp.finfo(u.dtype).tiny, mean, 1)
+            key = u / jnp.sqrt(mean)
+            retain = jnp.asarray(decay)
+            return (), {"size": stored(square, share), "held": Association(key, u, retain=retain)}
+
+        return Nest({"size": average(size), "held": held}, forward)
+
+    def recall(before, after, moment):
+        del before
+        u = moment.gradient
+        return readout(lambda query: _recalling(u).read(after["held"], query), u)
+
+    return nestwise(nest, recall, moments(0.0, scale_decay))
 
 
 def delta_momentum(
@@ -150,21 +190,25 @@ def delta_momentum(
     decay: Gate = 0.9,
     *,
     erase: Gate = 1.0,
+    scale_decay: Gate = 0.0,
     nesterov: bool = True,
     literal: bool = False,
+    precondition: bool = True,
     weight_decay: Gate = 0.0,
     mask: Any = None,
 ) -> Transformation:
     """Descent along `scale_by_delta_momentum` of the gradient over the root of its second moment.
 
-    `literal`: of the gradient itself. learning_rate: like AdamW's; a number or a schedule.
+    `precondition=False`, `literal=True`: of the gradient itself. learning_rate: like AdamW's, else
+    like that of SGD; a number or a schedule.
     weight_decay: >= 0, decoupled; mask: of the leaves to decay, as in `optax.adamw`.
     """
-    scaled = scale_by_delta_momentum(decay, erase=erase, nesterov=nesterov, literal=literal)
-    precondition = optax.identity() if literal else scale_by_second_moment()
-    return with_learning_rate(
-        learning_rate, precondition, scaled, weight_decay=weight_decay, mask=mask
+    scaled = scale_by_delta_momentum(
+        decay, erase=erase, scale_decay=scale_decay, nesterov=nesterov, literal=literal
     )
+    plain = literal or not precondition
+    first = optax.identity() if plain else scale_by_second_moment()
+    return with_learning_rate(learning_rate, first, scaled, weight_decay=weight_decay, mask=mask)
 
 
 def scale_by_feature_momentum(
@@ -247,6 +291,11 @@ def orthogonal_momentum(
 
 def _check(decay: Gate) -> None:
     check_range("decay", decay, 1)
+
+
+def _norms(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of one number for each kernel, to be multiplied with a leaf of `shape`."""
+    return (*shape[:-2], *(1 for _ in shape[-2:]))
 
 
 def _first(read, u):
