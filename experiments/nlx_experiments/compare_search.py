@@ -144,7 +144,8 @@ class Contest:
         """Of the optimizer's state."""
         task = self.row.task
         params, _ = jax.eval_shape(task.init, task.data, jax.random.key(0))
-        state = jax.eval_shape(self.rule.make(lambda step: 0.1).init, params)
+        made = self.rule.make(lambda step: 0.1, **self.rule.settings[0])
+        state = jax.eval_shape(made.init, params)
         return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
 
     def _seeds(self, cell: Cell) -> range:

@@ -72,7 +72,7 @@ def quadratic(
         del data
         basis, best = jax.random.split(key)
         basis = jnp.linalg.qr(jax.random.normal(basis, (rows, rows)))[0]
-        fixed = (basis * roots) @ basis.T, jax.random.normal(best, (rows, columns))
+        fixed = (basis * roots[None]) @ basis.T, jax.random.normal(best, (rows, columns))
         return {"w": jnp.zeros((rows, columns))}, fixed
 
     def error(fixed, params):
@@ -89,7 +89,7 @@ def quadratic(
     def loss(fixed, params, taps, key, step):
         del taps, step
         one, two = jax.random.split(key)
-        z = jax.random.normal(one, (rows, columns)) * scale(two)
+        z = jax.random.normal(one, (rows, columns)) * scale(two)[None]
         e = error(fixed, params)
         return jnp.sum(0.5 * e**2 + e * z)
 
@@ -186,8 +186,8 @@ def transformer(
     def apply(params, taps, tokens):
         dense = lambda x, name: _dense(params, taps, x, name)
 
-        x = params["embed"][tokens] + params["place"]
-        mask = jnp.tril(jnp.ones((context, context), bool))
+        x = params["embed"][tokens] + params["place"][None]
+        mask = jnp.tril(jnp.ones((1, 1, context, context), bool))
         for i in range(layers):
             h = _norm(x)
             q, k, v = (
@@ -207,7 +207,7 @@ def transformer(
     def loss(fixed, params, taps, key, step):
         del step
         starts = jax.random.randint(key, (batch,), 0, fixed["train"].size - context)
-        windows = fixed["train"][starts[:, None] + jnp.arange(context + 1)]
+        windows = fixed["train"][starts[:, None] + jnp.arange(context + 1)[None]]
         return of_windows(params, taps, windows)
 
     def score(fixed, params, step):
@@ -243,7 +243,7 @@ def _mlp_init(key, sizes) -> Params:
 def _mlp(params, taps, x):
     last = len(params) // 2 - 1
     for i in range(last + 1):
-        x = _dense(params, taps, x, f"w{i}") + params[f"b{i}"]
+        x = _dense(params, taps, x, f"w{i}") + params[f"b{i}"][None]
         x = jax.nn.relu(x) if i < last else x
     return x
 

@@ -132,11 +132,10 @@ class Panel(NamedTuple):
 
 def plot_panels(path: pathlib.Path, panels: Sequence[Panel], columns: int = 4) -> None:
     """Draws panels side by side; a curve without a colour is a faint grey one."""
+    columns = min(columns, len(panels))
     rows = -(-len(panels) // columns)
-    size = (4.2 * min(columns, len(panels)), 3.6 * rows)
+    size = (4.2 * columns, 3.6 * rows)
     figure, grid = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
-    if len(panels) < columns:
-        raise ValueError(f"`panels` must be at least {columns}, got {len(panels)}.")
     for axes in grid.flat[len(panels) :]:
         axes.set_visible(False)
     for axes, panel in zip(grid.flat, panels, strict=False):

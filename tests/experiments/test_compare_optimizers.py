@@ -117,10 +117,10 @@ def test_every_setting_is_tried(contest):
 
 def test_what_diverges_is_last_and_written_as_null(contest):
     made = contest(row({"sgd": SGD}))
-    found = made.measure([Cell("constant", 0, 0), Cell("constant", 200, 0)])
-    assert None in found[Cell("constant", 200, 0)]["losses"]
+    found = made.measure([Cell("constant", 0, 0), Cell("constant", 40, 0)])
+    assert None in found[Cell("constant", 40, 0)]["losses"]
     assert best(found) == Cell("constant", 0, 0)
-    assert compare_optimizers.loss(found[Cell("constant", 200, 0)]) == "diverged"
+    assert compare_optimizers.loss(found[Cell("constant", 40, 0)]) == "diverged"
     assert "NaN" not in made.store.path.read_text()
 
 
