@@ -115,8 +115,8 @@ MUTATIONS = (
     Mutation(
         "the learning of DMGD's memory",
         "nlx/optim/deep_momentum.py",
-        'deep.inner_lr / _power(',
-        '0 * deep.inner_lr / _power(',
+        "deep.inner_lr / _power(",
+        "0 * deep.inner_lr / _power(",
         "nlx/optim/test_deep_momentum.py",
     ),
     Mutation(

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the optimizers cost: a whole training step of a 10-million-parameter transformer, and bytes.
+"""What the optimizers cost: a whole step of a 10-million-parameter transformer, and bytes.
 
-Batches of 8 x 256 tokens, float32. Command: `python -m nlx_experiments.bench_optimizers [NAME ...]`;
-about ten minutes on two idle cores. One step of each optimizer in turn, so that a busy machine
+Batches of 8 x 256 tokens, float32. `python -m nlx_experiments.bench_optimizers [NAME ...]`, about
+ten minutes on two idle cores. One step of each optimizer in turn, so that a busy machine
 slows all alike; medians over the rounds, and their ratios to AdamW and to Muon, are printed. M3 is
 timed between two firings of its slow memory and at one, and counted as nine of the first and one of
 the second, as its default clock has it.

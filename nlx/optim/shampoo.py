@@ -174,7 +174,9 @@ def _nest(leaf, clock: Clock, readout, project) -> Nest:
     own = {name: axis for name, axis in SIDES.items() if axis in sides(leaf)}
     levels = {"first": average(leaf), "second": average(leaf)}
     for name, axis in SIDES.items():
-        levels[name] = _slow(outer_like(leaf, axis), clock, readout) if name in own else _absent(leaf)
+        levels[name] = (
+            _slow(outer_like(leaf, axis), clock, readout) if name in own else _absent(leaf)
+        )
 
     def forward(params, moment):
         u = moment.gradient
@@ -196,7 +198,7 @@ def _slow(like: jax.ShapeDtypeStruct, clock: Clock, readout) -> Level:
 
     def init(key):
         zeros = level.init(key)
-        return zeros + jnp.eye(zeros.shape[-1], dtype=zeros.dtype)
+        return jnp.broadcast_to(jnp.eye(zeros.shape[-1], dtype=zeros.dtype), zeros.shape)
 
     return level._replace(init=init)
 

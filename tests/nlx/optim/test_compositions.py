@@ -31,6 +31,11 @@ MAKERS = {name: getattr(optim, name) for name in SUITE_LEARNING_RATES} | {
     "soap": lambda rate: optim.soap(rate, clock=Clock(2, phase=1)),
     "dmgd_coordinates": lambda rate: optim.dmgd(rate, memory="coordinates"),
     "dmgd_l2": lambda rate: optim.dmgd(rate, objective="l2"),
+    "dmgd_orthogonal": lambda rate: optax.chain(
+        optim.scale_by_deep_momentum(),
+        optim.scale_by_newton_schulz(),
+        optax.scale_by_learning_rate(rate),
+    ),
     "dgd": lambda rate: optim.dgd(rate, gamma=0.1),
     "on_clock": lambda rate: optim.on_clock(optim.momentum(rate), Clock(2)),
 }
@@ -49,7 +54,7 @@ def test_nothing_public_is_left_out():
     assert aliases == {*SUITE_LEARNING_RATES, "dgd"} <= set(MAKERS)
     scales = {name.removeprefix("scale_by_") for name in vars(optim) if name.startswith("scale_by")}
     assert aliases - {"dmgd"} <= scales
-    assert scales - aliases == {"deep_momentum", "second_moment"}
+    assert scales - aliases == {"deep_momentum", "newton_schulz", "second_moment"}
 
 
 def gradients(step, params):

@@ -264,7 +264,11 @@ class PrintedOracle:
     """Eq. 50 to the letter: phi <- alpha phi - eta grad <m_phi(u), 1>, W += m_phi(u)."""
 
     def __init__(self, weights, inner_lr, retention):
-        self.weights, self.inner_lr, self.retention = [np.array(w) for w in weights], inner_lr, retention
+        self.weights, self.inner_lr, self.retention = (
+            [np.array(w) for w in weights],
+            inner_lr,
+            retention,
+        )
 
     def step(self, rows):
         first, last = self.weights
@@ -303,7 +307,9 @@ def test_coordinates_are_rows_of_one(x64):
     for ours, theirs in zip(states.phi, wanted.phi, strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-9)
         assert np.any(ours[-1] != ours[0])
-    state = scale_by_deep_momentum(memory="coordinates").init({"b": jnp.zeros(5), "s": jnp.zeros(())})
+    state = scale_by_deep_momentum(memory="coordinates").init(
+        {"b": jnp.zeros(5), "s": jnp.zeros(())}
+    )
     assert jax.tree.map(jnp.shape, state.phi) == ({"b": (1, 16), "s": ()}, {"b": (16, 1), "s": ()})
 
 
@@ -319,7 +325,9 @@ def test_l2_learns_the_subspace_of_the_gradients(x64):
     assert errors[-50:].mean() < 0.1 * errors[:5].mean()
     outside = updates - plane @ (plane.T @ np.asarray(updates))
     assert np.mean(np.square(outside[-50:])) < 0.05 * np.mean(np.square(updates[-50:]))
-    still, _ = run(scale_by_deep_momentum(0.0, objective="l2", inner_lr=0.0), jnp.asarray(stream[:3]))
+    still, _ = run(
+        scale_by_deep_momentum(0.0, objective="l2", inner_lr=0.0), jnp.asarray(stream[:3])
+    )
     assert not np.any(still)  # without learning the memory is empty
 
 

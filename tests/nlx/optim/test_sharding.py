@@ -15,7 +15,7 @@ import nlx
 from nlx import optim
 
 MESH = AbstractMesh((4, 2), ("data", "model"))
-PARAMS = {"w": jnp.ones((16, 32)), "stack": jnp.ones((2, 8, 16)), "b": jnp.ones(32)}
+PARAMS = {"w": jnp.ones((12, 32)), "stack": jnp.ones((2, 8, 16)), "b": jnp.ones(32)}
 SPECS = {"w": P("data", "model"), "stack": P(None, "data"), "b": P("model")}
 SHARDINGS = {name: NamedSharding(MESH, spec) for name, spec in SPECS.items()}
 
@@ -80,11 +80,11 @@ def eight_devices():
             wanted, _ = jax.jit(lambda p, tx=tx: steps(tx, p, tx.init(p)))(alone)
             of_state = optim.state_sharding(tx, shardings, params)
             state = jax.jit(tx.init, out_shardings=of_state)(params)
-            run = jax.jit(
-                lambda p, s, tx=tx: steps(tx, p, s), out_shardings=(shardings, of_state)
-            )
+            run = jax.jit(lambda p, s, tx=tx: steps(tx, p, s), out_shardings=(shardings, of_state))
             got, after = run(params, state)
-            jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-4), got, wanted)
+            jax.tree.map(
+                lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-4), got, wanted
+            )
             whole = sum(leaf.nbytes for leaf in jax.tree.leaves(after))
             part = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(after))
             print(f"{kind.name:9} {name:24} {whole:7} bytes, {part:6} a device, {whole / part:.1f}")
