@@ -31,6 +31,7 @@ from nlx.optim.momentum import preconditioned_momentum as preconditioned_momentu
 from nlx.optim.momentum import scale_by_delta_momentum as scale_by_delta_momentum
 from nlx.optim.momentum import scale_by_feature_momentum as scale_by_feature_momentum
 from nlx.optim.momentum import scale_by_momentum as scale_by_momentum
+from nlx.optim.momentum import scale_by_newton_schulz as scale_by_newton_schulz
 from nlx.optim.momentum import scale_by_orthogonal_momentum as scale_by_orthogonal_momentum
 from nlx.optim.momentum import scale_by_preconditioned_momentum as scale_by_preconditioned_momentum
 from nlx.optim.momentum import scale_by_second_moment as scale_by_second_moment

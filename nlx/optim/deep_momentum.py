@@ -168,8 +168,7 @@ def dmgd(
     learning_rate: a number or a schedule. precondition: whether to divide by the root of the
         second moment (decay 0.999), which makes learning rates those of AdamW.
     weight_decay: >= 0, decoupled. mask: of the leaves to decay, as in `optax.adamw`.
-    The others, and the errors: see `scale_by_deep_momentum`. Read out through Newton-Schulz (eq.
-    52): `optax.chain(scale_by_deep_momentum(), ...)`. State, in float32: twice the
+    The others, and the errors: see `scale_by_deep_momentum`. State, in float32: twice the
     parameters, plus a share of 2 hidden / n for each kernel of n rows.
 
     Source: Behrouz et al. (2025), Nested Learning, eqs. 47, 50, 52.

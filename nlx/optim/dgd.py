@@ -60,8 +60,8 @@ def scale_by_dgd(
                 "`input_taps`: tx.update(gradients, state, params, input_gram=...); got None."
             )
         eta = learning_rate(state.tick) if callable(learning_rate) else learning_rate
-        step = lambda g, w, c: _step(g, w, c, eta, gamma)
-        moved = jax.tree.map(step, updates, params, input_gram)
+        step = lambda g, w, c: g if _absent(g) else _step(g, w, c, eta, gamma)
+        moved = jax.tree.map(step, updates, params, input_gram, is_leaf=_absent)
         return moved, DGDState(increment(state.tick))
 
     return optax.GradientTransformationExtraArgs(
@@ -79,6 +79,10 @@ def dgd(
     """W <- W+ of `scale_by_dgd`, less decoupled weight decay as in `optax.adamw`."""
     scaled = scale_by_dgd(learning_rate, gamma=gamma)
     return with_learning_rate(learning_rate, scaled, weight_decay=weight_decay, mask=mask)
+
+
+def _absent(leaf: Any) -> bool:
+    return leaf is None or isinstance(leaf, optax.MaskedNode)
 
 
 class Delta(NamedTuple):

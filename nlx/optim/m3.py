@@ -33,7 +33,7 @@ Transformation = optax.GradientTransformationExtraArgs
 
 def scale_by_m3(
     b1: Gate = 0.9,
-    b2: Gate = 0.95,
+    b2: Gate = 0.999,
     b3: Gate = 0.9,
     *,
     alpha: Gate = 0.2,
@@ -57,7 +57,8 @@ def scale_by_m3(
     b1, b2, b3: decays of M1, V, M2, in [0, 1]. alpha: >= 0, weight of the slow memory; 0 without
         second moment is `optax.contrib.muon(consistent_rms=0.2)`. clock: of the slow memory.
     second_moment: as the paper has it; without it the state is smaller and, in our runs, the result
-        no worse. eps: >= 0. ns_steps: of `nlx.ops.newton_schulz`, >= 0.
+        no worse. With b2 near 0.95 an entry whose gradient has died down gets the whole step.
+    eps: >= 0. ns_steps: of `nlx.ops.newton_schulz`, >= 0.
     literal: Algorithm 1 as printed, sums that never decay, no look-ahead, no rescaling:
         M1 <- M1 + b1 u ;  V <- V + b2 u^2 ;  M2 <- M2 + b3 (sum of the last block's u)
         update = (NS(M1) + alpha NS(M2)) / (sqrt(V) + eps)
@@ -116,7 +117,7 @@ def scale_by_m3(
 def m3(
     learning_rate: optax.ScalarOrSchedule,
     b1: Gate = 0.9,
-    b2: Gate = 0.95,
+    b2: Gate = 0.999,
     b3: Gate = 0.9,
     *,
     alpha: Gate = 0.2,

@@ -246,6 +246,26 @@ def feature_momentum(
     return with_learning_rate(learning_rate, scaled)
 
 
+def scale_by_newton_schulz(ns_steps: int = 5) -> Transformation:
+    """A nonlinear read-out for any memory of gradients: matrices made nearly orthogonal.
+
+    update = 0.2 sqrt(max(in, out)) NS(u) for each matrix u [in, out], the usual size of Adam's
+
+    Other leaves stay as they are. Behind `scale_by_deep_momentum` it reads DMGD.
+
+    ns_steps: of `nlx.ops.newton_schulz`, >= 0.
+    Source: Behrouz et al. (2025), Nested Learning, eqs. 42, 52.
+    """
+
+    def orthogonal(u):
+        if not is_matrix(u):
+            return u
+        return like_adam(u) * across(lambda m: ops.newton_schulz(m, ns_steps), u)
+
+    read = optax.stateless(lambda updates, _: jax.tree.map(orthogonal, updates))
+    return optax.with_extra_args_support(read)
+
+
 def scale_by_orthogonal_momentum(
     decay: Gate = 0.95, *, nesterov: bool = True, ns_steps: int = 5
 ) -> Transformation:
@@ -263,12 +283,8 @@ def scale_by_orthogonal_momentum(
     the first steps otherwise; that one is `m3` with alpha 0.
     """
     _check(decay)
-    look_ahead = _ahead(decay) if nesterov else lambda read, u: read(u)
-
-    def orthogonal(read, u):
-        return like_adam(u) * across(lambda m: ops.newton_schulz(m, ns_steps), look_ahead(read, u))
-
-    memory = gradient_memory(memories.constant, dot_product, retain=decay, readout=orthogonal)
+    memory = scale_by_momentum(decay, nesterov=nesterov)
+    memory = optax.chain(memory, scale_by_newton_schulz(ns_steps))
     return matrices_and_others(memory, scale_by_adam_memory(), is_matrix)
 
 

@@ -4,6 +4,7 @@
 import functools
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
@@ -28,6 +29,7 @@ from nlx.optim.matrices import (
 )
 
 Transformation = optax.GradientTransformationExtraArgs
+SIDES = {"left": -2, "right": -1}  # level of the outer product along each axis
 MOST = 2.0**-16  # of the largest root: outer products and their eigenvalues stay finite
 
 
@@ -67,9 +69,7 @@ def scale_by_shampoo(
 
     def nest(leaf) -> Nest:
         power = -0.5 / len(sides(leaf))
-        readout = functools.partial(root, power)
-        levels = {axis: _slow(leaf, axis, clock, readout) for axis in sides(leaf)}
-        return _nest(leaf, levels, lambda params, u: u)
+        return _nest(leaf, clock, functools.partial(root, power), lambda params, u: u)
 
     def readout(before, after, moment):
         del before
@@ -131,9 +131,8 @@ def scale_by_soap(
     check_range("eps", eps)
 
     def nest(leaf) -> Nest:
-        levels = {axis: _slow(leaf, axis, clock, eigenvectors) for axis in sides(leaf)}
         project = lambda params, u: across(lambda x: _between(x, params, transposed=True), u)
-        return _nest(leaf, levels, project)
+        return _nest(leaf, clock, eigenvectors, project)
 
     def readout(before, after, moment):
         del moment
@@ -170,10 +169,14 @@ def soap(
     return with_learning_rate(learning_rate, scaled, weight_decay=weight_decay, mask=mask)
 
 
-def _nest(leaf, slow, project) -> Nest:
+def _nest(leaf, clock: Clock, readout, project) -> Nest:
     """Both moments, the second of what `project` makes of u, and the outer product of each side."""
+    own = {name: axis for name, axis in SIDES.items() if axis in sides(leaf)}
     levels = {"first": average(leaf), "second": average(leaf)}
-    levels |= {_name(axis): level for axis, level in slow.items()}
+    for name, axis in SIDES.items():
+        levels[name] = (
+            _slow(outer_like(leaf, axis), clock, readout) if name in own else _absent(leaf)
+        )
 
     def forward(params, moment):
         u = moment.gradient
@@ -181,32 +184,36 @@ def _nest(leaf, slow, project) -> Nest:
             "first": stored(u, moment.first),
             "second": stored(jnp.square(project(params, u)), moment.second),
         }
-        products = {_name(axis): stored(outer(u, axis), moment.second) for axis in slow}
-        return (), contexts | products
+        for name, axis in SIDES.items():
+            value = outer(u, axis) if name in own else jnp.zeros((), u.dtype)
+            contexts[name] = stored(value, moment.second)
+        return (), contexts
 
     return Nest(levels, forward)
 
 
-def _slow(leaf, axis: int, clock: Clock, readout) -> Level:
+def _slow(like: jax.ShapeDtypeStruct, clock: Clock, readout) -> Level:
     """The average of an outer product; others see a function of it, at first the identity."""
-    level = average(outer_like(leaf, axis), clock, readout)
+    level = average(like, clock, readout)
 
     def init(key):
         zeros = level.init(key)
-        return zeros + jnp.eye(zeros.shape[-1], dtype=zeros.dtype)
+        return jnp.broadcast_to(jnp.eye(zeros.shape[-1], dtype=zeros.dtype), zeros.shape)
 
     return level._replace(init=init)
 
 
-def _name(axis: int) -> str:
-    return {-2: "left", -1: "right"}[axis]
+def _absent(leaf) -> Level:
+    """In the place of a side that is left alone: a state of the same structure, of scalars."""
+    return average(jax.ShapeDtypeStruct((), leaf.dtype), readout=lambda zero: zero)
 
 
 def _between(
     x: Float[Array, "*n i o"], params: dict[str, Any], transposed: bool
 ) -> Float[Array, "*n i o"]:
-    """A x B^T with A, B the sides that `params` has, or their transposes."""
-    turn = lambda m: gathered(m).mT if transposed else gathered(m)
-    if "left" in params:
-        x = turn(params["left"]) @ x
-    return x @ turn(params["right"]).mT if "right" in params else x
+    """A x B^T with A, B the sides of which `params` has a matrix, or their transposes."""
+    left, right = (gathered(params[name]) for name in SIDES)
+    if transposed:
+        left, right = (side.mT if side.ndim else side for side in (left, right))
+    x = left @ x if left.ndim else x
+    return x @ right.mT if right.ndim else x
