@@ -117,7 +117,7 @@ def _own_nest(module: nnx.Module) -> Nest | None:
 def _nests_of(tx: optax.GradientTransformation, leaf: Any) -> list[tuple[str, Nest]]:
     """(factory, nest) for every function `level` or `nest` of a leaf that `tx` is made of."""
     found = []
-    for function in _reachable(tx):
+    for function in _reachable(tx, leaf):
         if function.__name__ in ("level", "nest"):
             more = (
                 len(inspect.signature(function).parameters) - 1
@@ -129,8 +129,11 @@ def _nests_of(tx: optax.GradientTransformation, leaf: Any) -> list[tuple[str, Ne
     return found
 
 
-def _reachable(root: Any) -> list[Callable]:
-    """All functions that closures, containers and partials lead to, each once."""
+def _reachable(root: Any, leaf: Any) -> list[Callable]:
+    """All functions that closures, containers and partials lead to, each once.
+
+    Of a partition that labels by shape, only what the leaf is labelled for.
+    """
     functions, queue, seen = [], [root], set()
     while queue:
         thing = queue.pop(0)
@@ -144,8 +147,12 @@ def _reachable(root: Any) -> list[Callable]:
         elif isinstance(thing, functools.partial):
             queue += [thing.func, *thing.args, *thing.keywords.values()]
         elif inspect.isfunction(thing):
+            inside = inspect.getclosurevars(thing).nonlocals
+            if "transforms" in inside and callable(labels := inside.get("param_labels")):
+                queue.append(inside["transforms"][labels(leaf)])  # optax.partition
+                continue
             functions.append(thing)
-            queue += inspect.getclosurevars(thing).nonlocals.values()
+            queue += inside.values()
     return functions
 
 

@@ -8,4 +8,5 @@ from nlx_kernels import SelfModifyingState as SelfModifyingState
 from nlx_kernels import Streams as Streams
 from nlx_kernels import linear_memory as linear_memory
 from nlx_kernels import mlp_memory as mlp_memory
+from nlx_kernels import newton_schulz as newton_schulz
 from nlx_kernels import self_modifying_memory as self_modifying_memory

@@ -17,6 +17,22 @@ import optax
 from nlx.level import Level
 from nlx.nest import Nest
 
+# Learning rates with which each optimizer of `nlx.optim` passes optax's own suite of tests; not
+# `dgd`, whose `update` needs the inputs of layers.
+SUITE_LEARNING_RATES: dict[str, float] = {
+    "momentum": 3e-4,
+    "preconditioned_momentum": 1e-3,
+    "delta_momentum": 1e-3,
+    "feature_momentum": 1e-3,
+    "orthogonal_momentum": 1e-2,
+    "dmgd": 1e-2,
+    "adam_memory": 1e-2,
+    "adagrad_memory": 1e-2,
+    "m3": 1e-2,
+    "shampoo": 1e-2,
+    "soap": 1e-2,
+}
+
 
 def check_level(
     level: Level,

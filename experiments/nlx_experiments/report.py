@@ -77,6 +77,14 @@ def write(path: pathlib.Path, page: Page) -> None:
     runs.write_whole(path, content)
 
 
+def place(readme: pathlib.Path, name: str, content: str) -> None:
+    """Replaces what stands between README.md's two comments of this name."""
+    begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
+    before, _, rest = readme.read_text().partition(begin)
+    _, _, after = rest.partition(end)
+    runs.write_whole(readme, f"{before}{begin}\n{content}\n{end}{after}")
+
+
 def plot_losses(
     path: pathlib.Path,
     curves: Mapping[str, Sequence[Mapping[str, Any]]],
@@ -110,6 +118,33 @@ def plot_levels(path: pathlib.Path, records: Sequence[Mapping[str, Any]]) -> Non
         axes.plot(seen, [r["moved"][name] for r in records], color=colour, label=name)
     axes.set(xlabel="bytes seen [millions]", ylabel="distance from the start, |p - p0| / |p0|")
     axes.legend(frameon=False)
+    _save(figure, path)
+
+
+class Panel(NamedTuple):
+    """Curves of one problem: name -> (values over the whole run, colour or None, line width)."""
+
+    title: str
+    steps: int
+    log: bool
+    curves: Mapping[str, tuple[Sequence[float | None], str | None, float]]
+
+
+def plot_panels(path: pathlib.Path, panels: Sequence[Panel], columns: int = 4) -> None:
+    """Draws panels side by side; a curve without a colour is a faint grey one."""
+    columns = min(columns, len(panels))
+    rows = -(-len(panels) // columns)
+    size = (4.2 * columns, 3.6 * rows)
+    figure, grid = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
+    for axes in grid.flat[len(panels) :]:
+        axes.set_visible(False)
+    for axes, panel in zip(grid.flat, panels, strict=False):
+        for name, (values, colour, width) in panel.curves.items():
+            y = np.array([np.nan if v is None else v for v in values], np.float64)
+            x = (1 + np.arange(y.size)) * panel.steps / max(y.size, 1)
+            axes.plot(x, y, color=colour or "#bbbbbb", linewidth=width, label=name)
+        axes.set(title=panel.title, xlabel="steps", yscale="log" if panel.log else "linear")
+        axes.legend(frameon=False, fontsize=7)
     _save(figure, path)
 
 

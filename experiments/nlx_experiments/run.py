@@ -59,11 +59,13 @@ def inspect(argv: list[str]) -> None:
 
 def experiment(argv: list[str]) -> None:
     """Runs a named experiment."""
-    from nlx_experiments import demo, demo_check
+    from nlx_experiments import compare_optimizers, demo, demo_check
 
     experiments = {
         "demo": (demo.Demo, demo.main),
         "demo-check": (demo_check.DemoCheck, demo_check.main),
+        "optimizers": (compare_optimizers.CompareOptimizers, compare_optimizers.main),
+        "optimizers-tiny": (compare_optimizers.Tiny, compare_optimizers.main),
     }
     name = _first(argv, "run", "EXPERIMENT", default="demo")
     if name not in experiments:

@@ -5,6 +5,7 @@ from nlx_kernels._dispatch import Implementation as Implementation
 from nlx_kernels.linear_memory import linear_memory as linear_memory
 from nlx_kernels.mlp_memory import MLPMemoryState as MLPMemoryState
 from nlx_kernels.mlp_memory import mlp_memory as mlp_memory
+from nlx_kernels.newton_schulz import newton_schulz as newton_schulz
 from nlx_kernels.self_modifying_memory import SelfModifyingParameters as SelfModifyingParameters
 from nlx_kernels.self_modifying_memory import SelfModifyingState as SelfModifyingState
 from nlx_kernels.self_modifying_memory import Streams as Streams

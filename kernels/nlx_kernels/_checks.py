@@ -28,11 +28,7 @@ class Checker:
             )
         value = jnp.asarray(value)
         self._shape(name, value.shape, axes.split())
-        if value.dtype.name not in dtypes:
-            raise TypeError(
-                f"{self.op}: {name} has dtype {value.dtype.name}; it must be {_any_of(dtypes)}."
-            )
-        return value
+        return self._typed(name, value, dtypes)
 
     def inputs(self, **arrays: tuple[Any, str]) -> list[jax.Array]:
         """Arrays of one dtype, which the output will have; each is given as (value, axes)."""
@@ -95,14 +91,24 @@ class Checker:
                 f"{'None' if momentum else 'not'}; momentum must be given in all calls or none."
             )
 
-    def size(self, name: str, value: Any) -> int:
-        """A Python integer of at least 1."""
+    def matrices(self, name: str, value: Any, dtypes: Sequence[str]) -> jax.Array:
+        """Matrices behind any leading axes, which may be empty."""
+        if not hasattr(value, "shape") or len(value.shape) < 2:
+            raise ValueError(
+                f"{self.op}: {name} is {_shown(value)}; it must be matrices [..., i, o]."
+            )
+        return self._typed(name, jnp.asarray(value), dtypes)
+
+    def size(self, name: str, value: Any, least: int = 1) -> int:
+        """A Python integer of at least `least`."""
         try:
             number = operator.index(value)
         except TypeError:
-            number = 0
-        if number < 1 or isinstance(value, bool):
-            raise ValueError(f"{self.op}: {name} is {_shown(value)}; it must be an integer >= 1.")
+            number = least - 1
+        if number < least or isinstance(value, bool):
+            raise ValueError(
+                f"{self.op}: {name} is {_shown(value)}; it must be an integer >= {least}."
+            )
         return number
 
     def limit(self, name: str, value: Any) -> float | None:
@@ -117,6 +123,13 @@ class Checker:
             raise ValueError(
                 f"{self.op}: {name} is {_shown(value)}; it must be {_any_of(allowed)}."
             )
+
+    def _typed(self, name: str, value: jax.Array, dtypes: Sequence[str]) -> jax.Array:
+        if value.dtype.name not in dtypes:
+            raise TypeError(
+                f"{self.op}: {name} has dtype {value.dtype.name}; it must be {_any_of(dtypes)}."
+            )
+        return value
 
     def _shape(self, name: str, shape: tuple[int, ...], axes: list[str]) -> None:
         known = {axis: self.sizes[axis] for axis in axes if axis in self.sizes}

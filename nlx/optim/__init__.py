@@ -1,12 +1,44 @@
 # SPDX-License-Identifier: Apache-2.0
 """Optimizers as memories: every public function here is, or makes, an optax transformation."""
 
+from nlx.optim.adam_memory import adagrad_memory as adagrad_memory
+from nlx.optim.adam_memory import adam_memory as adam_memory
+from nlx.optim.adam_memory import scale_by_adagrad_memory as scale_by_adagrad_memory
+from nlx.optim.adam_memory import scale_by_adam_memory as scale_by_adam_memory
 from nlx.optim.deep_momentum import DeepMomentumState as DeepMomentumState
 from nlx.optim.deep_momentum import dmgd as dmgd
 from nlx.optim.deep_momentum import scale_by_deep_momentum as scale_by_deep_momentum
+from nlx.optim.dgd import DGDState as DGDState
+from nlx.optim.dgd import dgd as dgd
+from nlx.optim.dgd import scale_by_dgd as scale_by_dgd
 from nlx.optim.gradient_memory import debiased as debiased
 from nlx.optim.gradient_memory import gradient_memory as gradient_memory
+from nlx.optim.gram import InputTap as InputTap
+from nlx.optim.gram import input_taps as input_taps
+from nlx.optim.gram import split_taps as split_taps
+from nlx.optim.gram import tap as tap
+from nlx.optim.gram import tap_inputs as tap_inputs
 from nlx.optim.level import LevelsState as LevelsState
 from nlx.optim.level import as_transformation as as_transformation
+from nlx.optim.level import as_write as as_write
+from nlx.optim.m3 import m3 as m3
+from nlx.optim.m3 import scale_by_m3 as scale_by_m3
+from nlx.optim.momentum import delta_momentum as delta_momentum
+from nlx.optim.momentum import feature_momentum as feature_momentum
+from nlx.optim.momentum import momentum as momentum
+from nlx.optim.momentum import orthogonal_momentum as orthogonal_momentum
+from nlx.optim.momentum import preconditioned_momentum as preconditioned_momentum
+from nlx.optim.momentum import scale_by_delta_momentum as scale_by_delta_momentum
+from nlx.optim.momentum import scale_by_feature_momentum as scale_by_feature_momentum
+from nlx.optim.momentum import scale_by_momentum as scale_by_momentum
+from nlx.optim.momentum import scale_by_newton_schulz as scale_by_newton_schulz
+from nlx.optim.momentum import scale_by_orthogonal_momentum as scale_by_orthogonal_momentum
+from nlx.optim.momentum import scale_by_preconditioned_momentum as scale_by_preconditioned_momentum
+from nlx.optim.momentum import scale_by_second_moment as scale_by_second_moment
 from nlx.optim.on_clock import OnClockState as OnClockState
 from nlx.optim.on_clock import on_clock as on_clock
+from nlx.optim.shampoo import scale_by_shampoo as scale_by_shampoo
+from nlx.optim.shampoo import scale_by_soap as scale_by_soap
+from nlx.optim.shampoo import shampoo as shampoo
+from nlx.optim.shampoo import soap as soap
+from nlx.optim.sharding import state_sharding as state_sharding

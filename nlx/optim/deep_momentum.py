@@ -3,7 +3,7 @@
 
 import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +15,14 @@ from nlx.clock import Clock
 from nlx.level import Association, associative_memory
 from nlx.memories import Memory
 from nlx.nest import Nest
-from nlx.optim.gradient_memory import Gate, check_range, debiased, gradient_memory
+from nlx.optim.alias import with_learning_rate
+from nlx.optim.gradient_memory import Gate, check_range, debiased
 from nlx.optim.level import leafwise, wide_dtype
+from nlx.optim.matrices import gathered, split_like
+from nlx.optim.momentum import scale_by_second_moment
+
+Form = Literal["rows", "coordinates"]
+Storing = Literal["predictive", "l2", "dot"]
 
 
 class DeepMomentumState(NamedTuple):
@@ -26,6 +32,18 @@ class DeepMomentumState(NamedTuple):
     mu: PyTree[Float[Array, "..."]]  # debiased average of the gradients, like the parameters
     scale: PyTree[Float[Array, ""]]  # debiased mean square of each leaf's gradients
     phi: tuple[PyTree[Float[Array, "..."]], ...]  # weights, layer by layer; 0 for a leaf with none
+
+
+class Deep(NamedTuple):
+    """What a deep memory is and what it stores; fields as in `scale_by_deep_momentum`."""
+
+    memory: Form
+    objective: Storing
+    hidden: Sequence[int]
+    inner_lr: Gate
+    retention: Gate
+    nesterov: bool
+    clip: Gate
 
 
 class Moment(NamedTuple):
@@ -40,14 +58,17 @@ class Moment(NamedTuple):
 def scale_by_deep_momentum(
     decay: Gate = 0.9,
     *,
+    memory: Form = "rows",
+    objective: Storing = "predictive",
     hidden: Sequence[int] = (16,),
     inner_lr: Gate = 0.1,
     retention: Gate = 1.0,
     nesterov: bool = True,
     scale_decay: Gate = 0.999,
     clip: Gate = 10.0,
+    robust: Gate | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Momentum whose memory is an MLP that learns, online, to predict the next gradient.
+    """Momentum whose memory is an MLP that learns, online, from the stream of gradients u.
 
     mu_t = debiased average of u ;  s_t^2 = debiased average of mean(u^2)
     phi <- retention phi - eta grad_phi 1/(2n) sum_n |m_phi(k_n) - v_n|^2
@@ -61,14 +82,22 @@ def scale_by_deep_momentum(
     the gradient where the step lands tends to the implicit step u / (1 + lr curvature).
     Leaves with less than 2 axes or rows have the value-less memory alone.
 
+    memory: "rows", or "coordinates": one map R -> R for all entries of a leaf, of any axes.
+    objective: "predictive", as above; or the printed eq. 50 with u under itself, without z + :
+        "l2": k = v = u / s, the memory learns what subspace the gradients are in and filters q;
+        "dot", the printed example to the letter: least <m_phi(u), 1>, eta = inner_lr, no scale, no
+        average, update = -m_phi(u). It is unbounded below and, as a rule, diverges.
     decay: of the average, in [0, 1]. hidden: channels of the hidden layers, integers >= 1; () gives
         the linear memory z + z W. inner_lr: >= 0, useful in 0.02 to 0.3; 0 gives Nesterov momentum.
     retention: in [0, 1], what the memory keeps each step. scale_decay: in [0, 1]. clip: >= 0,
         in units of s.
+    robust: >= 1; both memories store a row of u that is longer than `robust` times the root mean
+        square of rows so far (so shortened themselves) as if it were just that long, as Huber's
+        objective does. For gradients with outliers: 1.5. None: as they are.
 
     Raises ValueError for any other argument. With `optax.inject_hyperparams` all numbers may vary.
-    Source: Behrouz et al. (2025), Nested Learning, eqs. 50, 52, 89; the printed objective,
-    <m(u), 1>, is unbounded, so this is the predictive reading of its target.
+    Source: Behrouz et al. (2025), Nested Learning, eqs. 50, 52, 89; only a target made of u gives
+    descent from every start, and only a key that isn't u itself leaves something to learn.
     """
     for name, value, most in (
         ("decay", decay, 1),
@@ -78,11 +107,18 @@ def scale_by_deep_momentum(
         ("clip", clip, None),
     ):
         check_range(name, value, most)
+    if isinstance(robust, int | float) and not robust >= 1:
+        raise ValueError(f"`robust` must be >= 1 or None, got {robust!r}.")
     if isinstance(hidden, int) or any(not isinstance(n, int) or n < 1 for n in hidden):
         raise ValueError(f"`hidden` must be a sequence of integers >= 1, got {hidden!r}.")
+    for name, value, names in (("memory", memory, Form), ("objective", objective, Storing)):
+        if value not in get_args(names):
+            options = ", ".join(f'"{option}"' for option in get_args(names))
+            raise ValueError(f"`{name}` must be one of {options}, got {value!r}.")
+    deep = Deep(memory, objective, hidden, inner_lr, retention, nesterov, clip)
 
     def nest(leaf):
-        return _nest(leaf, hidden, inner_lr, retention, nesterov, clip)
+        return _nest(leaf, deep)
 
     def init(param, position):
         del position
@@ -96,6 +132,8 @@ def scale_by_deep_momentum(
         del param
         mu, square, phi = fields
         share, slow = debiased(decay), debiased(scale_decay)(tick)
+        if robust is not None:
+            gradient = _shortened(gradient, square, robust, memory, tick)
         square = square + slow.astype(square.dtype) * (_mean_square(gradient) - square)
         moment = Moment(gradient, _root(square), share(tick), share(tick + 1))
         leaf_nest, weights = nest(gradient), {"average": mu, "deep": phi}
@@ -110,12 +148,15 @@ def dmgd(
     learning_rate: optax.ScalarOrSchedule,
     decay: Gate = 0.9,
     *,
+    memory: Form = "rows",
+    objective: Storing = "predictive",
     hidden: Sequence[int] = (16,),
     inner_lr: Gate = 0.1,
     retention: Gate = 1.0,
     nesterov: bool = True,
     scale_decay: Gate = 0.999,
     clip: Gate = 10.0,
+    robust: Gate | None = None,
     precondition: bool = True,
     weight_decay: Gate = 0.0,
     mask: Any = None,
@@ -134,75 +175,74 @@ def dmgd(
     """
     deep = scale_by_deep_momentum(
         decay,
+        memory=memory,
+        objective=objective,
         hidden=hidden,
         inner_lr=inner_lr,
         retention=retention,
         nesterov=nesterov,
         scale_decay=scale_decay,
         clip=clip,
+        robust=robust,
     )
-    return optax.chain(
-        _second_moment() if precondition else optax.identity(),
-        deep,
-        optax.add_decayed_weights(weight_decay, mask),
-        optax.scale_by_learning_rate(learning_rate),
-    )
+    first = scale_by_second_moment() if precondition else optax.identity()
+    return with_learning_rate(learning_rate, first, deep, weight_decay=weight_decay, mask=mask)
 
 
-def _second_moment(decay: float = 0.999, eps: float = 1e-8):
-    """u / (sqrt(debiased average of u^2) + eps): the preconditioner, itself a value-less memory.
-
-    It equals `optax.scale_by_rms`, but in at least float32, and entries whose square would overflow
-    count as the largest whose doesn't.
-    """
-
-    def bounded(gradient):
-        most = 0.5 * jnp.sqrt(jnp.finfo(gradient.dtype).max)
-        return jnp.clip(gradient, -most, most)
-
-    return gradient_memory(
-        memories.constant,
-        objectives.l2,
-        target=lambda gradient: jnp.square(bounded(gradient)),
-        rate=debiased(decay),
-        readout=lambda read, gradient: bounded(gradient) / (jnp.sqrt(read(gradient)) + eps),
-    )
-
-
-def _nest(like, hidden, inner_lr, retention, nesterov, clip) -> Nest:
+def _nest(like, deep: Deep) -> Nest:
     """The levels of one leaf: the average of its gradients and the deep memory that reads it."""
     write = writes.gated(momentum=False)
-    memory = _row_memory(like, hidden) if _learns(like) else None
+    memory = _deep_memory(like, deep) if _learns(like, deep.memory) else None
     average = associative_memory(memories.constant(like), objectives.l2, write, Clock(1))
+    turned, entries = (_rows, _rows) if deep.memory == "rows" else (_singles, _single)
+    vectors = lambda x: turned(gathered(x))
     levels = {"average": average}
     if memory is not None:
-        levels["deep"] = associative_memory(memory, objectives.l2, write, Clock(1))
+        storing = _printed if deep.objective == "dot" else objectives.l2
+        levels["deep"] = associative_memory(memory, storing, write, Clock(1))
+
+    def association(params, moment: Moment) -> Association:
+        retain = jnp.asarray(deep.retention)
+        if deep.objective == "dot":
+            key = vectors(moment.gradient)
+            return Association(key, jnp.ones_like(key), jnp.asarray(deep.inner_lr), retain)
+        source = params["average"] if deep.objective == "predictive" else moment.gradient
+        key, value = (
+            jnp.clip(vectors(x) / moment.scale, -deep.clip, deep.clip)
+            for x in (source, moment.gradient)
+        )
+        return Association(key, value, deep.inner_lr / _power(_whole(params["deep"]), key), retain)
 
     def forward(params, moment: Moment):
         contexts = {"average": Association((), moment.gradient, moment.share)}
         if memory is not None:
-            key, value = (
-                jnp.clip(_rows(x) / moment.scale, -clip, clip)
-                for x in (params["average"], moment.gradient)
-            )
-            rate = inner_lr / _power(params["deep"], key)
-            contexts["deep"] = Association(key, value, rate, jnp.asarray(retention))
+            contexts["deep"] = association(params, moment)
         return (), contexts
 
     def read(working, _, moment: Moment):
+        if memory is not None and deep.objective == "dot":
+            recalled = memory.read(working["deep"], vectors(moment.gradient))
+            return -split_like(entries(recalled), moment.gradient)
         query = working["average"]
-        if nesterov:
+        if deep.nesterov:
             query = query + moment.ahead * (moment.gradient - query)
         if memory is None:
             return query
-        return moment.scale * _rows(memory.read(working["deep"], _rows(query) / moment.scale))
+        recalled = memory.read(working["deep"], vectors(query) / moment.scale)
+        return moment.scale * split_like(entries(recalled), moment.gradient)
 
     return Nest(levels, forward, read=read)
 
 
-def _row_memory(like, hidden: Sequence[int]) -> Memory:
-    """A residual MLP on rows, the identity at first: its last layer starts at zero."""
-    sizes = (like.shape[-2], *hidden, like.shape[-2])
+def _printed(output, value) -> Float[Array, ""]:
+    """<m(u), 1>: the objective of eq. 50's example."""
+    return -objectives.dot_product(output, value)
+
+
+def _deep_memory(like, deep: Deep) -> Memory:
+    """An MLP on rows or entries whose last layer starts at zero; predicting, it is residual."""
+    width = like.shape[-2] if deep.memory == "rows" else 1
+    sizes = (width, *deep.hidden, width)
 
     def init(key):
         del key
@@ -210,7 +250,9 @@ def _row_memory(like, hidden: Sequence[int]) -> Memory:
         weights = [_cosines(*shape, wide_dtype(like)) for shape in shapes]
         return (*weights[:-1], jnp.zeros_like(weights[-1]))
 
-    return memories.mlp(sizes, jnp.tanh)._replace(init=init)
+    memory = memories.mlp(sizes, jnp.tanh, residual=deep.objective == "predictive")
+    read = lambda params, key: memory.read(_whole(params), key)
+    return memory._replace(init=init, read=read)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
@@ -232,13 +274,27 @@ def _fields(states, square, absent):
     return weights["average"], square, weights.get("deep", absent)
 
 
-def _learns(leaf) -> bool:
-    """Whether a leaf has rows enough: one row can't teach a map of rows."""
+def _whole(weights):
+    return jax.tree.map(gathered, weights)
+
+
+def _learns(leaf, memory: Form) -> bool:
+    """Whether a leaf has vectors enough: one can't teach a map."""
+    if memory == "coordinates":
+        return leaf.size >= 2
     return leaf.ndim >= 2 and leaf.shape[-2] > 0 and leaf.size >= 2 * leaf.shape[-2]
 
 
 def _rows(x: Float[Array, "... i o"]) -> Float[Array, "... o i"]:
     return jnp.moveaxis(x, -2, -1)
+
+
+def _singles(x: Float[Array, "..."]) -> Float[Array, "... 1"]:
+    return x[..., None]
+
+
+def _single(x: Float[Array, "... 1"]) -> Float[Array, "..."]:
+    return x[..., 0]
 
 
 def _power(weights, key: Float[Array, "... o i"]) -> Float[Array, ""]:
@@ -254,6 +310,19 @@ def _mean_square(gradient: Float[Array, "..."]) -> Float[Array, ""]:
     """Of all entries, at most the largest finite number; 0 of none."""
     mean = jnp.sum(jnp.square(gradient)) / max(gradient.size, 1)
     return jnp.minimum(mean, jnp.finfo(gradient.dtype).max)
+
+
+def _shortened(gradient, square, robust, memory: Form, tick) -> Float[Array, "..."]:
+    """Rows of mean square above robust^2 `square` scaled down to it; at first, the median's."""
+    rows = _rows(gradient) if memory == "rows" and gradient.ndim >= 2 else gradient[..., None]
+    size = jnp.mean(jnp.square(rows), -1, keepdims=True)
+    size = jnp.minimum(size, jnp.finfo(size.dtype).max)
+    if gradient.size == 0:
+        return gradient
+    usual = jnp.where(tick == 0, jnp.median(size), square)
+    most = jnp.square(robust).astype(size.dtype) * usual
+    rows = rows * jnp.sqrt(jnp.where(size > most, most / jnp.where(size > 0, size, 1), 1))
+    return _rows(rows) if memory == "rows" and gradient.ndim >= 2 else rows[..., 0]
 
 
 def _root(square: Float[Array, ""]) -> Float[Array, ""]:

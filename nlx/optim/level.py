@@ -9,15 +9,20 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int, PyTree
 
+from nlx import writes
 from nlx.level import Level, LevelState
+from nlx.nest import Nest
 from nlx.writes import Working
+
+as_write = writes.summed  # an optax transformation as a level's write: the bridge's other way
 
 
 class LevelsState(NamedTuple):
-    """State of `as_transformation`."""
+    """State of `as_transformation`, and of the optimizers that are a nest for each leaf."""
 
     tick: Int[Array, ""]  # gradients seen
-    levels: PyTree  # a `LevelState` of trees like the parameters, without what the rest tells
+    levels: PyTree  # a `LevelState` of trees like the parameters, without what the rest tells;
+    # of a nest: {name: such a `LevelState`}
 
 
 def as_transformation(
@@ -62,6 +67,42 @@ def levelwise(
         made = level(gradient if param is None else param)
         state = made.step(_unpack(made, entry[0], tick), context(gradient, param, tick))
         return (_pack(made, state),), readout(state.params, gradient)
+
+    return leafwise(LevelsState, init, step)
+
+
+def nestwise(
+    nest: Callable[[Any], Nest],
+    readout: Callable[[Any, Any, Any], Float[Array, "..."]],
+    context: Callable[[Float[Array, "..."], Any, Int[Array, ""]], Any],
+) -> optax.GradientTransformationExtraArgs:
+    """A nest of levels for each leaf, one tick for each gradient.
+
+    states <- nest.step(states, c) ;  c = context(gradient, parameter or None, tick)
+    update = readout(visible parameters before, and after, {level name: parameters}, c)
+
+    nest: leaf -> `Nest`, of levels whose states have one structure for all leaves; shapes and dtype
+    of the leaf may be used. Levels start at parameters that need no chance.
+    """
+
+    def init(param, position):
+        del position
+        made = nest(param)
+        states = made.start(made.init(jax.random.key(0)))
+        return ({name: _pack(made.levels[name], state) for name, state in states.items()},)
+
+    def step(entry, gradient, param, tick):
+        made = nest(gradient if param is None else param)
+        still = all(level.clock.period == 1 for level in made.levels.values())
+        states = {
+            name: _unpack(made.levels[name], state, tick)._replace(tick=0 if still else tick)
+            for name, state in entry[0].items()
+        }
+        moment = context(gradient, param, tick)
+        after, _ = made.step(states, moment)
+        before, seen = ({n: s.params for n, s in d.items()} for d in (states, after))
+        packed = {name: _pack(made.levels[name], state) for name, state in after.items()}
+        return (packed,), readout(before, seen, moment)
 
     return leafwise(LevelsState, init, step)
 

@@ -113,3 +113,12 @@ def test_bad_input_gets_a_sentence():
         nlx.inspect.levels(3)
     with pytest.raises(TypeError, match="`params` is None; it must be the parameters"):
         nlx.inspect.levels(optax.sgd(0.1))
+
+
+def test_matrices_and_other_leaves_show_their_own_levels():
+    found = {r.name: r for r in nlx.inspect.levels(optim.m3(0.1), {"w": jnp.zeros((4, 3))})}
+    assert set(found) == {"scale_by_m3.fast", "scale_by_m3.slow", "scale_by_m3.second"}
+    assert found["scale_by_m3.slow"].clock == "10 steps"
+    assert found["scale_by_m3.fast"].order == 2
+    found = {r.name: r for r in nlx.inspect.levels(optim.m3(0.1), {"b": jnp.zeros(3)})}
+    assert set(found) == {"scale_by_adam_memory.first", "scale_by_adam_memory.second"}

@@ -258,3 +258,86 @@ def test_first_layer_is_spread_evenly(x64, inputs, outputs):
 def test_bad_arguments(options, sentence):
     with pytest.raises(ValueError, match=sentence):
         dmgd(0.1, **options)
+
+
+class PrintedOracle:
+    """Eq. 50 to the letter: phi <- alpha phi - eta grad <m_phi(u), 1>, W += m_phi(u)."""
+
+    def __init__(self, weights, inner_lr, retention):
+        self.weights, self.inner_lr, self.retention = (
+            [np.array(w) for w in weights],
+            inner_lr,
+            retention,
+        )
+
+    def step(self, rows):
+        first, last = self.weights
+        hidden, ones = np.tanh(rows @ first), np.ones_like(rows)
+        slope = (ones @ last.T) * (1 - hidden**2)
+        self.weights = [
+            self.retention * w - self.inner_lr * g
+            for w, g in zip(self.weights, (rows.T @ slope, hidden.T @ ones), strict=True)
+        ]
+        return np.tanh(rows @ self.weights[0]) @ self.weights[1]
+
+
+@pytest.mark.parametrize("memory", ["rows", "coordinates"])
+def test_dot_is_the_printed_rule(x64, memory):
+    """In optax's sign: the update is minus what is added to the weights."""
+    gradients = 0.3 * np.random.default_rng(1).normal(size=(6, 4, 3))
+    tx = scale_by_deep_momentum(
+        memory=memory, objective="dot", inner_lr=0.05, retention=0.9, hidden=(5,)
+    )
+    oracle = PrintedOracle(tx.init(jnp.zeros((4, 3))).phi, 0.05, 0.9)
+    updates, _ = run(tx, jnp.asarray(gradients))
+    for ours, u in zip(updates, gradients, strict=True):
+        rows = u.T if memory == "rows" else u.reshape(-1, 1)
+        want = oracle.step(rows)
+        want = want.T if memory == "rows" else want.reshape(4, 3)
+        np.testing.assert_allclose(ours, -want, rtol=1e-9)
+
+
+def test_coordinates_are_rows_of_one(x64):
+    """A memory R -> R of all entries is the row memory of a kernel with one input."""
+    gradients = np.random.default_rng(2).normal(size=(8, 2, 3, 2)) ** 3
+    flat = jnp.asarray(gradients.reshape(8, 1, 12))
+    by_entry, states = run(scale_by_deep_momentum(memory="coordinates"), jnp.asarray(gradients))
+    by_row, wanted = run(scale_by_deep_momentum(memory="rows"), flat)
+    np.testing.assert_allclose(by_entry.reshape(8, 1, 12), by_row, rtol=1e-9)
+    for ours, theirs in zip(states.phi, wanted.phi, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-9)
+        assert np.any(ours[-1] != ours[0])
+    state = scale_by_deep_momentum(memory="coordinates").init(
+        {"b": jnp.zeros(5), "s": jnp.zeros(())}
+    )
+    assert jax.tree.map(jnp.shape, state.phi) == ({"b": (1, 16), "s": ()}, {"b": (16, 1), "s": ()})
+
+
+def test_l2_learns_the_subspace_of_the_gradients(x64):
+    """Gradients in a plane: what it lets through lies there, and comes to have their size."""
+    random = np.random.default_rng(3)
+    plane = np.linalg.qr(random.normal(size=(6, 2)))[0]
+    stream = plane @ random.normal(size=(600, 2, 8))
+    tx = scale_by_deep_momentum(0.0, objective="l2", inner_lr=0.5, nesterov=False)
+    updates, states = run(tx, jnp.asarray(stream))
+    assert np.all(updates[0] == updates[0])
+    errors = np.mean(np.square(updates - stream), (1, 2)) / np.mean(np.square(stream))
+    assert errors[-50:].mean() < 0.1 * errors[:5].mean()
+    outside = updates - plane @ (plane.T @ np.asarray(updates))
+    assert np.mean(np.square(outside[-50:])) < 0.05 * np.mean(np.square(updates[-50:]))
+    still, _ = run(
+        scale_by_deep_momentum(0.0, objective="l2", inner_lr=0.0), jnp.asarray(stream[:3])
+    )
+    assert not np.any(still)  # without learning the memory is empty
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"memory": "columns"}, '`memory` must be one of "rows", "coordinates", got \'columns\''),
+        ({"objective": 3}, '`objective` must be one of "predictive", "l2", "dot", got 3'),
+    ],
+)
+def test_bad_forms(options, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        dmgd(0.1, **options)

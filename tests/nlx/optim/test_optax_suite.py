@@ -14,11 +14,13 @@ import subprocess
 import sys
 import types
 
+import jax.numpy as jnp
 import optax
 import pytest
 
 import nlx
 from nlx import optim
+from nlx.testing import SUITE_LEARNING_RATES
 
 WHEEL = pathlib.Path(str(importlib.util.find_spec("optax").origin)).parent
 ANCHOR = re.compile(
@@ -27,12 +29,9 @@ ANCHOR = re.compile(
 )
 
 
-def memory_sgd(learning_rate: optax.ScalarOrSchedule, decay: float = 0.9):
-    """Heavy-ball momentum as a value-less gradient memory."""
-    momentum = optim.gradient_memory(
-        nlx.memories.constant, nlx.objectives.dot_product, retain=decay
-    )
-    return optax.chain(momentum, optax.scale_by_learning_rate(learning_rate))
+def feature_momentum(learning_rate: optax.ScalarOrSchedule, decay: float = 0.9):
+    """Momentum of bounded features, the suite's only optimizer with a map to give."""
+    return optim.feature_momentum(learning_rate, lambda u: u / (1 + jnp.abs(u)), decay)
 
 
 def clocked_sgd(learning_rate: optax.ScalarOrSchedule):
@@ -45,22 +44,24 @@ def clocked_dmgd(learning_rate: optax.ScalarOrSchedule):
     return optim.on_clock(optim.dmgd(learning_rate), nlx.Clock(2), reduce="sum")
 
 
-FACTORIES = {
-    "dmgd": optim.dmgd,
-    "memory_sgd": memory_sgd,
+FACTORIES = {name: getattr(optim, name) for name in SUITE_LEARNING_RATES} | {
+    "feature_momentum": feature_momentum,
     "clocked_sgd": clocked_sgd,
     "clocked_dmgd": clocked_dmgd,
 }
+RATES = SUITE_LEARNING_RATES | {"clocked_sgd": 1e-3, "clocked_dmgd": 1e-2}
+VARIANTS = (
+    ("dmgd", {"learning_rate": 1e-3, "precondition": False}),
+    ("dmgd", {"learning_rate": 1e-2, "memory": "coordinates"}),
+    ("dmgd", {"learning_rate": 1e-2, "objective": "l2"}),
+    ("m3", {"learning_rate": 1e-2, "second_moment": False}),
+)
 CASES = tuple(
     {"opt_name": name, "opt_kwargs": kwargs, "wrapper_name": None, "wrapper_kwargs": None}
-    for name, kwargs in (
-        ("dmgd", {"learning_rate": 1e-2}),
-        ("dmgd", {"learning_rate": 1e-3, "precondition": False}),
-        ("memory_sgd", {"learning_rate": 1e-4}),
-        ("clocked_sgd", {"learning_rate": 1e-3}),
-        ("clocked_dmgd", {"learning_rate": 1e-2}),
-    )
+    for name, kwargs in (*((n, {"learning_rate": rate}) for n, rate in RATES.items()), *VARIANTS)
 )
+QUICK = tuple(case for case in CASES[: len(RATES)] if case["opt_name"] in ("momentum", "dmgd"))
+SLOW = tuple(case for case in CASES if case not in QUICK)
 PER_CASE = {
     "test_optimizers_accept_extra_args": 2,
     "test_optimizers": 4,
@@ -72,7 +73,7 @@ PER_CASE = {
 }
 
 
-def suite(cases=CASES):
+def suite(cases):
     """optax's ContribTest over `cases`, its skips turned into failures."""
     path = WHEEL / "contrib" / "_common_test.py"
     source, found = ANCHOR.subn("", path.read_text())
@@ -121,11 +122,14 @@ def by_name(test_class) -> dict[str, int]:
     return dict(collections.Counter(names))
 
 
-ContribTest = suite()
+ContribTest = suite(QUICK)
+SlowContribTest = pytest.mark.slow(suite(SLOW))
 
 
 def test_the_suite_is_whole():
-    assert by_name(ContribTest) == {name: n * len(CASES) for name, n in PER_CASE.items()}
+    assert len(QUICK) + len(SLOW) == len(CASES)
+    for cases, tests in ((QUICK, ContribTest), (SLOW, SlowContribTest)):
+        assert by_name(tests) == {name: n * len(cases) for name, n in PER_CASE.items()}
 
 
 @pytest.mark.slow

@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The rows of `nlx run optimizers`: problem, competitors, and who is declared to win."""
+
+import functools
+from collections.abc import Callable, Mapping
+
+from optax import contrib
+
+from nlx import optim
+from nlx_experiments import compare_rules as rules
+from nlx_experiments import compare_tasks as tasks
+from nlx_experiments.compare_rules import Rule
+from nlx_experiments.compare_search import Row
+
+FIRST, NEAR = 1.0, 1.02  # the largest loss over the best one's
+
+DECAYS: rules.Settings = [{"decay": d} for d in (0.0, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)]
+
+
+def toy() -> Row:
+    """(i) Eq. 53."""
+    delta = functools.partial(optim.delta_momentum, scale_decay=0.999, precondition=False)
+    deep = {
+        "delta momentum": Rule(lambda rate, momentum: delta(rate, momentum), deep=True),
+        "dmgd": rules.DMGD,
+    }
+    declared = {"constant": ("delta momentum", FIRST)}
+    competitors = {**rules.rivals(), **deep}
+    return Row(tasks.toy(), competitors, declared, (-3, 0), seeds=40, tuning=40, batch=40)
+
+
+def quadratic(noise: str) -> Row:
+    """(ii) An ill-conditioned linear layer with bad labels."""
+    raw = {"hidden": (), "inner_lr": 0.2, "precondition": False, "scale_decay": 0.99}
+    robust = lambda rate, momentum, **given: optim.dmgd(
+        rate, momentum, robust=1.5, **{**raw, **given}
+    )
+    deep = {
+        "dmgd": Rule(robust, deep=True),
+        "dmgd, l2": Rule(lambda rate, momentum: optim.dmgd(rate, momentum, **raw), deep=True),
+        "robust momentum": Rule(functools.partial(robust, inner_lr=0.0), deep=True),
+        "delta momentum": rules.DELTA,
+        "m3": rules.M3,
+    }
+    declared = {"constant": ("dmgd", FIRST)}
+    competitors = {**rules.rivals(), **deep}
+    task = tasks.quadratic(noise)
+    return Row(task, competitors, declared, (-3, 0), seeds=10, tuning=5, batch=5)
+
+
+def digits() -> Row:
+    """(iii) An MLP on scikit-learn's digits."""
+    linear = lambda rate, momentum: optim.dmgd(rate, momentum, hidden=(), inner_lr=0.05)
+
+    def averaged(rate, momentum):
+        return contrib.schedule_free(
+            optim.dmgd(rate, 0.0, hidden=(), inner_lr=0.05), rate, momentum
+        )
+
+    deep = {
+        "dmgd, averaged": Rule(averaged, deep=True, weights=contrib.schedule_free_eval_params),
+        "dmgd": Rule(linear, deep=True),
+        "delta momentum": rules.DELTA,
+        "m3": rules.M3,
+        "dgd": Rule(
+            lambda rate, gamma: optim.dgd(rate, gamma=gamma),
+            [{"gamma": g} for g in (3e-4, 1e-4, 1e-3)],
+            deep=True,
+            reads_inputs=True,
+        ),
+    }
+    declared = {"constant": ("dmgd, averaged", FIRST), "cosine": ("dmgd", NEAR)}
+    competitors = {**rules.rivals(), **deep}
+    return Row(tasks.digits(), competitors, declared, (-3, 0), seeds=20, tuning=20, batch=20)
+
+
+def text() -> Row:
+    """(iv) A small transformer on the standard library's source."""
+    deep = {"delta momentum": rules.DELTA, "dmgd": rules.DMGD, "m3": rules.M3}
+    declared = {"cosine": ("m3", NEAR), "constant": ("m3", NEAR)}
+    competitors = {**rules.rivals(), **deep}
+    task = tasks.transformer()
+    return Row(task, competitors, declared, (-3, -1), seeds=5, tuning=2, batch=1, log=False)
+
+
+def permuted() -> Row:
+    """(v) Labels that keep being permuted."""
+    gammas: rules.Settings = [{"gamma": g} for g in (3e-3, 1e-3, 1e-2)]
+    deep = {
+        "dgd": Rule(
+            lambda rate, gamma: optim.dgd(rate, gamma=gamma), gammas, deep=True, reads_inputs=True
+        ),
+        "m3": Rule(lambda rate, decay: optim.m3(rate, weight_decay=decay), DECAYS, deep=True),
+        "dmgd": Rule(lambda rate, decay: optim.dmgd(rate, weight_decay=decay), DECAYS, deep=True),
+    }
+    declared = {"constant": ("dgd", FIRST)}
+    competitors = {**rules.rivals(DECAYS), **deep}
+    task = tasks.permuted()
+    return Row(
+        task, competitors, declared, (-3, 0), 5, 2, batch=10, log=False, schedules=("constant",)
+    )
+
+
+FULL: Mapping[str, Callable[[], Row]] = {
+    "toy": toy,
+    **{f"quadratic, {n}": functools.partial(quadratic, n) for n in tasks.NOISES},
+    "digits": digits,
+    "text": text,
+    "permuted labels": permuted,
+}
+
+
+def _tiny(row: Callable[[], Row], task: Callable[[], tasks.Task]) -> Callable[[], Row]:
+    """Few steps, seeds and rates; AdamW and what is declared."""
+
+    def make() -> Row:
+        full = row()
+        kept = ["adamw", *(name for name, _ in full.declared.values())]
+        competitors = {name: full.rules[name] for name in dict.fromkeys(kept)}
+        low = full.grid[1] - 0.5
+        return full._replace(
+            task=task(), rules=competitors, grid=(low, full.grid[1]), seeds=2, tuning=1, batch=2
+        )
+
+    return make
+
+
+TINY: Mapping[str, Callable[[], Row]] = {
+    "toy": _tiny(toy, lambda: tasks.toy(20)),
+    "quadratic, outliers": _tiny(
+        functools.partial(quadratic, "outliers"),
+        lambda: tasks.quadratic("outliers", 50, rows=8, columns=4),
+    ),
+    "digits": _tiny(digits, lambda: tasks.digits(40, 4)),
+    "text": _tiny(text, lambda: tasks.transformer(10, width=16, layers=1, context=16, batch=2)),
+    "permuted labels": _tiny(permuted, lambda: tasks.permuted(3, 5, 4)),
+}

@@ -1,0 +1,212 @@
+"""The comparison of optimizers: it runs, goes on, chooses fairly, and says what it found."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from nlx_experiments import compare_optimizers, compare_rows, compare_search, run, runs
+from nlx_experiments.compare_rules import Rule
+from nlx_experiments.compare_search import Cell, Contest, Row, Store, best
+from nlx_experiments.compare_tasks import Task
+from nlx_experiments.console import StopRequest
+from nlx_experiments.errors import Refused, Stopped
+
+
+def bowl(steps: int = 4) -> Task:
+    """1/2 |w|^2 from 1, or near it."""
+
+    def init(data, key):
+        return {"w": 1 + 0.01 * jax.random.normal(key, 2)}, data
+
+    value = lambda params: 0.5 * jnp.sum(params["w"] ** 2)
+    return Task(
+        steps,
+        2,
+        jnp.zeros(()),
+        init,
+        lambda fixed, params, taps, key, step: value(params) + fixed,
+        lambda fixed, params, step: {"loss": value(params)},
+    )
+
+
+def row(rules, **fields) -> Row:
+    given = {"grid": (-1.0, 0.0), "seeds": 3, "tuning": 2, "batch": 2}
+    return Row(bowl(), rules, {"constant": ("ours", 1.0)}, **{**given, **fields})
+
+
+SGD = Rule(lambda rate: optax.sgd(rate), [{}])
+
+
+@pytest.fixture
+def contest(tmp_path):
+    """A function that makes a contest of one rule, all with one folder."""
+    with runs.Run(tmp_path) as opened, StopRequest() as stop:
+        yield lambda of, name="sgd": Contest("bowl", of, name, Store(opened), stop)
+
+
+def test_tiny_runs_and_goes_on(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert run.main(["run", "optimizers-tiny"]) == 0
+    results = tmp_path / "runs" / "optimizers-tiny" / "results"
+    content = json.loads((results / "optimizers.json").read_text())
+    assert list(content["rows"]) == list(compare_rows.TINY)
+    for found in content["rows"].values():
+        assert {name for name, _ in found["declared"].values()} <= set(found["optimizers"])
+        for entry in found["optimizers"].values():
+            assert all(len(entry[s]["losses"]) == 2 for s in found["schedules"])
+    assert (results / "optimizers.png").read_bytes().startswith(b"\x89PNG")
+    written = (results / "optimizers.md").read_text()
+    assert "toy, constant: delta momentum was meant first: **" in written
+
+    def compile_(self):
+        raise AssertionError("something was run again")
+
+    monkeypatch.setattr(Contest, "_compile", compile_)
+    assert run.main(["run", "optimizers-tiny"]) == 0
+    assert (results / "optimizers.md").read_text() == written
+    capsys.readouterr()
+
+
+def test_a_training_is_the_loop_it_stands_for(contest):
+    cell = Cell("cosine", -4, 0)
+    made = row({"sgd": SGD}, tuning=3)
+    losses = contest(made).measure([cell])[cell]["losses"]
+    for seed, ours in enumerate(losses):
+        start, _ = jax.random.split(jax.random.key(seed))
+        w = np.asarray(made.task.init(jnp.zeros(()), start)[0]["w"])
+        for step in range(4):
+            w = w - 0.1 * 0.5 * (1 + np.cos(np.pi * step / 4)) * w
+        assert ours == pytest.approx(0.5 * np.sum(w**2), rel=1e-5)
+
+
+def test_rates_are_chosen_on_other_seeds_than_are_reported(contest):
+    made = contest(row({"sgd": SGD}))
+    assert set(made._seeds(Cell("constant", 0, 0))).isdisjoint(
+        made._seeds(Cell("constant", 0, 0, fresh=True))
+    )
+
+
+def test_the_best_inside_the_grid_is_no_edge(contest):
+    cell, edge = contest(row({"sgd": SGD})).choose("constant")  # one step at rate 1 ends at 0
+    assert (cell.exponent, edge) == (0, False)
+
+
+def test_a_grid_that_misses_is_extended(contest):
+    cell, edge = contest(row({"sgd": SGD}, grid=(-2.0, -1.0))).choose("constant")
+    assert (cell.exponent, edge) == (0, False)
+
+
+def test_what_is_still_on_the_edge_is_flagged(contest):
+    slow = Rule(lambda rate: optax.chain(optax.scale(1e-6), optax.sgd(rate)), [{}])
+    cell, edge = contest(row({"sgd": slow})).choose("constant")
+    assert edge
+    result = {"rate": cell.rate, "setting": {"momentum": 0.9}, "edge": edge}
+    assert compare_optimizers.where(result).endswith("!, momentum 0.9")
+
+
+def test_every_setting_is_tried(contest):
+    scaled = Rule(
+        lambda rate, by: optax.chain(optax.scale(by), optax.sgd(rate)), [{"by": 0.0}, {"by": 1.0}]
+    )
+    cell, _ = contest(row({"sgd": scaled})).choose("constant")
+    assert cell.setting == 1
+
+
+def test_what_diverges_is_last_and_written_as_null(contest):
+    made = contest(row({"sgd": SGD}))
+    found = made.measure([Cell("constant", 0, 0), Cell("constant", 40, 0)])
+    assert None in found[Cell("constant", 40, 0)]["losses"]
+    assert best(found) == Cell("constant", 0, 0)
+    assert compare_optimizers.loss(found[Cell("constant", 40, 0)]) == "diverged"
+    assert "NaN" not in made.store.path.read_text()
+
+
+def test_a_stop_keeps_what_is_finished(contest):
+    made = contest(row({"sgd": SGD}, tuning=2))
+    cells = [Cell("constant", e, 0) for e in range(-40, 0)]
+
+    def stopping(batch, _run=made._run):
+        if batch[0][0].exponent == -30:
+            made.stop.received = 15
+        return _run(batch)
+
+    made._run = stopping
+    with pytest.raises((Stopped, AttributeError)):
+        made.measure(cells)
+    kept = len(made.store.known)
+    assert 1 <= kept < len(cells)
+    assert len(runs.read_lines(made.store.path)) == kept
+
+
+def test_an_unfinished_line_is_dropped(tmp_path):
+    (tmp_path / "cells.jsonl").write_text('{"what": "a", "losses": [1.0]}\n{"what": "b", "los')
+    with runs.Run(tmp_path) as opened:
+        assert list(Store(opened).known) == ["a"]
+    assert (tmp_path / "cells.jsonl").read_text() == '{"what": "a", "losses": [1.0]}\n'
+
+
+def entry(losses, **fields):
+    curve = [3.0, 2.0, sum(losses) / len(losses)]
+    found = {"losses": losses, "curve": curve, "rate": 0.1, "setting": {}, "edge": False}
+    return {"deep": False, "bytes": 8, "constant": {**found, "seconds": 1.0, **fields}}
+
+
+def test_the_table_says_who_won_and_who_did_not():
+    known = {
+        "steps": 30,
+        "stretch": 10,
+        "log": True,
+        "declared": {"constant": ["ours", 1.0]},
+        "schedules": ["constant"],
+        "optimizers": {
+            "adamw": entry([2.0, 2.2]),
+            "ours": entry([1.0, 1.2], seconds=3.0, edge=True),
+        },
+    }
+    assert compare_optimizers.verdict("bowl", known) == [
+        "bowl, constant: ours was meant first: **yes**, 1.1 against 2.1 of adamw, "
+        "7.1 standard errors apart."
+    ]
+    known["optimizers"]["adamw"] = entry([1.0, 1.0])
+    (said,) = compare_optimizers.verdict("bowl", known)
+    assert "first: **no**" in said
+    known["declared"]["constant"] = ["ours", 1.2]
+    (said,) = compare_optimizers.verdict("bowl", known)
+    assert "within 20 % of the best: **yes**" in said
+    first, second = compare_optimizers.table({"bowl": known}).rows
+    assert first[:5] == ("bowl", "adamw", "1 ± 0", "0.1", "30")
+    assert second[:5] == ("bowl", "**ours**", "1.1 ± 0.1", "0.1!", "-")
+    assert second[-2:] == ("3.0", "1.00")
+
+
+def test_bad_input_gets_one_sentence(tmp_path):
+    options = compare_optimizers.CompareOptimizers
+    with pytest.raises(Refused, match="`only` holds 'tyo'; it must be one of toy, "):
+        compare_optimizers.main(options(only=("tyo",), place=tmp_path))
+    with pytest.raises(Refused, match="which holds no README.md"):
+        compare_optimizers.main(options(place=tmp_path))
+
+
+def test_every_declared_optimizer_competes():
+    for name, make in compare_rows.FULL.items():
+        made = make()
+        rivals = {"sgd", "momentum", "nesterov", "nadam", "adamw", "muon", "schedule_free"}
+        assert rivals | {"shampoo", "soap"} <= set(made.rules), name
+        for declared, _ in made.declared.values():
+            assert made.rules[declared].deep, name
+
+
+def test_labels_are_permuted_and_forgetting_is_counted():
+    task = compare_search.training  # what `_outcome` makes of scores
+    del task
+    scores = {
+        "accuracy": jnp.array([0.9, 0.8, 0.7]),
+        "accuracy before": jnp.array([0.9, 0.1, 0.2]),
+    }
+    found = compare_search._outcome(bowl()._replace(online=True), jnp.ones((3, 2)), scores)
+    assert float(found["plasticity"]) == pytest.approx(0.8)
+    assert float(found["forgetting"]) == pytest.approx((0.8 + 0.6) / 2)
+    assert float(found["loss"]) == 1
