@@ -38,7 +38,7 @@ def toy(steps: int = 200, k: float = 5.0, alpha: float = 0.5, omega: float = 5.0
 
     def init(data, key):
         del data
-        return {"w": jnp.array([-3.5, 2.0]) + 0.1 * jax.random.normal(key, 2)}, ()
+        return {"w": jnp.array([-3.5, 2.0]) + 0.1 * jax.random.normal(key, (2,))}, ()
 
     def psi(params):
         r, theta = params["w"]

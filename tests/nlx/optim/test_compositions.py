@@ -37,7 +37,7 @@ MAKERS = {name: getattr(optim, name) for name in SUITE_LEARNING_RATES} | {
         optax.scale_by_learning_rate(rate),
     ),
     "dgd": lambda rate: optim.dgd(rate, gamma=0.1),
-    "on_clock": lambda rate: optim.on_clock(optim.momentum(rate), Clock(2)),
+    "on_clock": lambda rate: optim.on_clock(optim.momentum(rate), Clock(2, phase=1)),
 }
 QUICK = ("dmgd", "m3", "on_clock")
 by_tier = lambda names: [
