@@ -140,6 +140,8 @@ BAD = [
     (mlp_memory, dict(chunk_size=2.5), "chunk_size is 2.5; it must be an integer >= 1"),
     (mlp_memory, dict(activation="relu"), "activation is 'relu'; it must be gelu or silu"),
     (mlp_memory, dict(norm="layer"), "norm is 'layer'; it must be True or False"),
+    (mlp_memory, dict(clip=0.0), "clip is 0.0; it must be a number > 0, or None"),
+    (mlp_memory, dict(bound="none"), "bound is 'none'; it must be a number > 0, or None"),
     (mlp_memory, dict(momentum=HALF), "momentum has dtype bfloat16; it must be float32"),
     (self_modifying_memory, dict(x=(TOKEN,) * 3), r"x is \(.*; it must be an array \[b, t, h, d\]"),
     (

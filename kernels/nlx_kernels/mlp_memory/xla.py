@@ -23,7 +23,7 @@ class _Tokens(NamedTuple):
     erase: Float[jnp.ndarray, "w b h c"] | None
 
 
-def _write_piece(memory, tokens: _Tokens, piece, *, read, activation, residual, normalise):
+def _write_piece(memory, tokens: _Tokens, piece, *, read, activation, residual, normalise, clip):
     """Writes the tokens of a piece to every layer and reads their outputs."""
     piece = piece._replace(**{name: mask[:, None] for name, mask in piece._asdict().items()})
     decay = _chunk.make_decay(tokens.retain, tokens.momentum, piece)
@@ -33,8 +33,8 @@ def _write_piece(memory, tokens: _Tokens, piece, *, read, activation, residual, 
     hidden, weights, momentum = tokens.q, [], []
     for layer, (weight, buffer) in enumerate(zip(memory.weights, buffers, strict=True)):
         z, delta = trace.inputs[layer], trace.errors[layer]
-        if tokens.erase is not None:
-            z, delta = _chunk.direction(z, delta)
+        if tokens.erase is not None or clip is not None:
+            z, delta = _chunk.direction(z, delta, clip)
         write = _chunk.solve_write(
             weight, buffer, z, delta, tokens.rate, tokens.erase, piece, decay
         )
@@ -53,20 +53,20 @@ def _write_piece(memory, tokens: _Tokens, piece, *, read, activation, residual, 
     return written._replace(momentum=None if memory.momentum is None else tuple(momentum)), y
 
 
-def _fire(memory, fired):
-    """Publishes the working weights of the rows whose chunk ends here."""
-    (fired,) = fired
-    mask = fired[:, None, None, None]
-    published = tuple(
-        jnp.where(mask, new, old)
-        for new, old in zip(memory.weights, memory.chunk_start, strict=True)
-    )
-    return memory._replace(chunk_start=published)
+def _fire(memory, fired, *, bound):
+    """Bounds and publishes the working weights of the rows whose chunk ends here."""
+    mask = fired[0][:, None, None, None]
+    weights = memory.weights
+    if bound is not None:
+        weights = tuple(jnp.where(mask, _chunk.bound_norm(w, bound), w) for w in weights)
+    pairs = zip(weights, memory.chunk_start, strict=True)
+    published = tuple(jnp.where(mask, w, old) for w, old in pairs)
+    return memory._replace(weights=weights, chunk_start=published)
 
 
 def mlp_memory(
     q, k, v, *, weights, state, rate, retain, momentum, erase,
-    chunk_size, read, activation, residual, norm, segment_ids,
+    chunk_size, read, activation, residual, norm, clip, bound, segment_ids,
 ):  # fmt: skip
     """The chunk-parallel form; arguments are checked."""
     b, t = q.shape[:2]
@@ -90,8 +90,9 @@ def mlp_memory(
             activation=_chunk.ACTIVATIONS[activation],
             residual=residual,
             normalise=_chunk.layer_norm if norm else None,
+            clip=clip,
         ),
-        _fire,
+        functools.partial(_fire, bound=bound),
         memory,
         initial,
         tokens,
