@@ -21,7 +21,10 @@ from nlx.nn.model import clocks_by_level as clocks_by_level
 from nlx.nn.model import labels_by_level as labels_by_level
 from nlx.nn.model import parameter_count as parameter_count
 from nlx.nn.model import pretraining as pretraining
+from nlx.nn.neural_memory import NeuralMemory as NeuralMemory
+from nlx.nn.neural_memory import NeuralMemoryState as NeuralMemoryState
 from nlx.nn.norm import RMSNorm as RMSNorm
 from nlx.nn.presets import PRESETS as PRESETS
 from nlx.nn.presets import ModelConfig as ModelConfig
 from nlx.nn.presets import preset as preset
+from nlx.nn.titans import TitansLMM as TitansLMM
