@@ -2,6 +2,7 @@
 """Causal softmax attention with rotary positions, grouped queries and a cache."""
 
 import functools
+import itertools
 from typing import NamedTuple
 
 import jax
@@ -137,7 +138,7 @@ class Attention(nnx.Module):
         if state is not None:
             parts.insert(0, (state.key, state.value, _kept(state, t, index)))
             state = _append(state, k, v, where, index)
-        y = _attend(q, parts)
+        y = attend(q, parts)
         return self.output(y.reshape(b, t, -1)), state
 
 
@@ -172,7 +173,7 @@ def _kept(
     return filled & (index == 0)[:, :, None]
 
 
-def _attend(q, parts):
+def attend(q, parts):
     """One softmax over all parts, each a (key, value, mask); at least float32 inside."""
     b, t, heads, d = q.shape
     wide = jnp.promote_types(jnp.float32, q.dtype)
@@ -186,7 +187,7 @@ def _attend(q, parts):
         for k, _, mask in parts
     ]
     weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1).astype(q.dtype)
-    ends = [score.shape[-1] for score in scores][:-1]
+    ends = list(itertools.accumulate(score.shape[-1] for score in scores))[:-1]
     reads = [
         jnp.einsum("bkgts,bskd->btkgd", weight, v)
         for weight, (_, v, _) in zip(jnp.split(weights, ends, axis=-1), parts, strict=True)

@@ -12,8 +12,8 @@ from nlx import nn
 from nlx.level import Association
 from nlx.nn.stream import unit as unit_vectors
 
-SIZES = dict(heads=2, hidden=5, chunk_size=4, persistent=3)
-MIXERS = {"lmm": nn.TitansLMM}
+SIZES = dict(heads=2, hidden=5, chunk_size=4, persistent=4)
+MIXERS = {"lmm": nn.TitansLMM, "mac": nn.TitansMAC}
 LENGTH = 12
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -167,7 +167,60 @@ def numpy_lmm(mixer, x, recalled):
     return normed * silu(x @ array(mixer.gate.kernel)) @ array(mixer.output.kernel)
 
 
-NUMPY = {"lmm": lambda mixer, x: numpy_lmm(mixer, x, neural_memory(mixer.long_term, x)[-1])}
+def rotated(z, place):
+    """Rotary positions of one token in heads [h, d]."""
+    half = z.shape[-1] // 2
+    turn = np.exp(1j * place * 10_000.0 ** (-np.arange(half) / half))
+    turned = (z[:, :half] + 1j * z[:, half:]) * turn
+    return np.concatenate([turned.real, turned.imag], -1)
+
+
+def attended(module, query, place, seen):
+    """Softmax attention of one token [d] at its place over pairs (token, place)."""
+    heads = lambda z, part: (z @ array(getattr(module, part).kernel)).reshape(module.heads, -1)
+    q = rotated(heads(query, "query"), place)
+    keys = np.stack([rotated(heads(z, "key"), at) for z, at in seen])
+    values = np.stack([heads(z, "value") for z, _ in seen])
+    weights = np.exp(np.einsum("hd,shd->sh", q, keys) / q.shape[-1] ** 0.5)
+    out = np.einsum("sh,shd->hd", weights / weights.sum(0), values)
+    return out.reshape(-1) @ array(module.output.kernel)
+
+
+def numpy_mac(mixer, x):
+    memory, heads = mixer.memory, heads_of(mixer.memory)
+    chunk, norms = memory.chunk_size, {n: array(norm.scale) for n, norm in mixer.norms.items()}
+    persistent = array(mixer.persistent) if mixer.persistent is not None else []
+    projected = lambda z, s: silu(z @ array(mixer.maps[s].kernel)).reshape(len(heads), -1)
+    first, out = [(token, at) for at, token in enumerate(persistent)], []
+    for token in x:
+        number = len(out) % chunk
+        if number == 0:
+            recalled, tokens = [], []
+        asked = unit(projected(token, "query"))
+        h = np.concatenate(
+            [head.recall(q, head.start) for head, q in zip(heads, asked, strict=True)]
+        )
+        recalled.append((rms(h, norms["recalled"]), len(first) + number))
+        tokens.append((token, len(first) + chunk + number))
+        y = attended(mixer.attention, *tokens[-1], [*first, *recalled, *tokens])
+        y = rms(y, norms["attended"])
+        q, k, v = (projected(y, s) for s in ("query", "key", "value"))
+        gates = gates_of(memory, y)
+        for n, head in enumerate(heads):
+            head.write(unit(k)[n], v[n], *(gate[n] for gate in gates))
+        at = [head.start if memory.read == "chunk_start" else head.now for head in heads]
+        read = [head.recall(z, w) for head, z, w in zip(heads, unit(q), at, strict=True)]
+        learned = silu(rms(np.concatenate(read), norms["learned"]))
+        out.append(y * learned @ array(mixer.output.kernel))
+        for head in heads:
+            head.end()
+    return np.stack(out)
+
+
+NUMPY = {
+    "lmm": lambda mixer, x: numpy_lmm(mixer, x, neural_memory(mixer.long_term, x)[-1]),
+    "mac": numpy_mac,
+}
 
 
 def check_numpy(name, mixer, x, y):
@@ -209,6 +262,23 @@ def test_neural_memory_is_its_nest():
     params, carry, _ = after["memory"]
     one_head = jax.tree.map(lambda w: w[0, 1], state.memory[:3])
     close((carry.weights, params, carry.momentum), one_head)
+
+
+def test_mac_is_its_nest():
+    """All heads, tick by tick; what a token's context holds after it changes nothing."""
+    mixer, x = make("mac"), inputs()[:1, :7]
+    chunks = [jnp.roll(x[0], -start, 0)[:4] for start in (0, 0, 0, 0, 4, 4, 4)]
+    contexts = jnp.stack(chunks), jnp.arange(7) % 4
+    nest = mixer.nest()
+    weights = mixer.memory.weights()
+    start = nest.start({f"memory.{n}": tuple(w[n] for w in weights) for n in range(2)})
+    after, y = jax.jit(nest.scan)(start, contexts)
+    whole, state = jax.jit(lambda x: mixer(x))(x)
+    close(y, whole[0])
+    for n in range(2):
+        params, carry, _ = after[f"memory.{n}"]
+        one_head = jax.tree.map(lambda w, n=n: w[0, n], state.memory[:3])
+        close((carry.weights, params, carry.momentum), one_head)
 
 
 # 2. laws; three compilations a mixer: all tokens with gradients, six tokens with segments, one
