@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 from nlx import ops
 from nlx.level import Association
 from nlx.nest import Nest
-from nlx.nn.attention import Attention, attend, rotate
+from nlx.nn.attention import Attention, Part, attend, rotate
 from nlx.nn.linear import Linear, check_sizes
 from nlx.nn.neural_memory import STREAMS, DeepMemory, Read, persistent_tokens
 from nlx.nn.norm import RMSNorm
@@ -39,10 +39,10 @@ class MACState(NamedTuple):
 class Asked(NamedTuple):
     """What is made of the tokens before the loop, in heads."""
 
-    query: Float[Array, "b h c d"]  # rotated; attention asks with it
-    key: Float[Array, "b h c d"]  # rotated
+    query: Float[Array, "b h c d"]  # of attention; not rotated
+    key: Float[Array, "b h c d"]
     value: Float[Array, "b h c d"]
-    recall: Float[Array, "b h c d"]  # of unit length; the memory is asked with it
+    recall: Float[Array, "b h c d"]  # of the memory, of unit length
     slot: Int[Array, "b c"]  # tokens of the running chunk before this one
 
 
@@ -56,8 +56,8 @@ class TitansMAC(nnx.Module):
 
     A sequence is cut into chunks of C tokens, which are also the memory's: attention sees no other
     chunk, so all that comes from further back comes through M. q, k, v(z) = silu(z W), q and k of
-    unit length; see `DeepMemory` for the gates. Attention is rotary, at the positions of
-    [P, h_1 .. h_C, x_1 .. x_C].
+    unit length; see `DeepMemory` for the gates. Attention is rotary, h and x at the positions of
+    [h_1 .. h_C, x_1 .. x_C], and sees P as a prefix, see `Attention`.
 
     Readings: token i sees no h_j and no write of a later token (Fig. 3a and Eq. 25 would let it);
     the first chunk asks the memory like others, since where M starts is learned; P belongs to
@@ -133,7 +133,7 @@ class TitansMAC(nnx.Module):
             asked = self._ask(x[None], jnp.arange(len(x))[None])
             asked = Asked._make([*map(_swap, asked[:4]), asked.slot])
             seen = jnp.tril(jnp.ones((1, len(x), len(x)), bool))
-            chunk, _ = self._attend(functools.partial(recall, params), asked, seen)
+            chunk, _ = self._attend(functools.partial(recall, params), asked, seen, None, None)
             attended = chunk[:, i][:, None]
             tokens = self._tokens(attended)
             one = lambda array, n: None if array is None else array[0, n, 0]
@@ -211,50 +211,36 @@ class TitansMAC(nnx.Module):
 
     def _ask(self, x: Float[Array, "b t d"], slot: Int[Array, "b t"]) -> Asked:
         """What needs no memory, laid out [b, t, h, d]."""
-        key, value = self._key_value(x, slot + self._first_slot())
-        query = self._split(self.attention.query(x))
+        key, value = self.attention.key_value(x)
         return Asked(
-            query=rotate(query, slot + self._first_slot(), self.attention.theta),
+            query=self._split(self.attention.query(x)),
             key=key,
             value=value,
             recall=unit(self._split(jax.nn.silu(self.maps["query"](x)))),
             slot=slot,
         )
 
-    def _attend(
-        self, recall, asked: Asked, seen: Bool[Array, "b c c"], kept: Kept | None = None, count=None
-    ):
+    def _attend(self, recall, asked: Asked, seen: Bool[Array, "b c c"], kept: Kept | None, count):
         """Asks the memory, then attends: y [b, c, d], and what later tokens of the chunk need.
 
         seen: tokens of the piece that each one sees. kept, count: the chunk before it; None: none.
         """
         query, key, value = map(_swap, asked[:3])
-        b, c = query.shape[:2]
+        size, turn = self.memory.chunk_size, functools.partial(rotate, theta=self.attention.theta)
         recalled = self.norms["recalled"](_join(_swap(recall(asked.recall))))
-        place = asked.slot + self._first_slot() - self.memory.chunk_size
-        recalled_key, recalled_value = self._key_value(recalled, place)
-        new = Kept(
-            jnp.concatenate([recalled_key, key], 2), jnp.concatenate([recalled_value, value], 2)
-        )
-        parts = _parts(new, seen)
-        if kept is not None and count is not None:
-            filled = jnp.arange(self.memory.chunk_size)[None] < count[:, None]
-            parts += _parts(kept, jnp.broadcast_to(filled[:, None], (b, c, filled.shape[1])))
+        recalled_key, recalled_value = self.attention.key_value(recalled)
+        keys = turn(recalled_key, asked.slot - size), turn(key, asked.slot)
+        new = Kept(jnp.concatenate(keys, 2), jnp.concatenate([recalled_value, value], 2))
+        turned = turn(query, asked.slot)
+        parts = _parts(turned, new, seen)
+        if kept is not None:
+            filled = jnp.arange(size)[None] < count[:, None]
+            filled = jnp.broadcast_to(filled[:, None], (*seen.shape[:2], size))
+            parts += _parts(turned, kept, filled)
         if self.persistent is not None:
-            tokens = self.persistent[...][None].astype(query.dtype)
-            n = tokens.shape[1]
-            key, value = (
-                jnp.broadcast_to(a, (b, *a.shape[1:]))
-                for a in self._key_value(tokens, jnp.arange(n)[None])
-            )
-            parts.append((key, value, jnp.ones((b, c, n), bool)))
-        attended = self.attention.output(_join(attend(query, parts)))
+            parts.append(self.attention.prefix_part(query, self.persistent[...]))
+        attended = self.attention.output(_join(attend(parts)))
         return self.norms["attended"](attended), new
-
-    def _key_value(self, z: Float[Array, "b t d"], place: Int[Array, "b t"]):
-        """Attention's keys, rotated, and values: [b, t, h, d] each."""
-        key, value = self._split(self.attention.key(z)), self._split(self.attention.value(z))
-        return rotate(key, place, self.attention.theta), value
 
     def _tokens(self, y: Float[Array, "b c d"]) -> ops.MemoryTokens:
         """What the memory reads and writes of attention's output."""
@@ -268,21 +254,16 @@ class TitansMAC(nnx.Module):
     def _split(self, z: Float[Array, "b t d"]) -> Float[Array, "b t h d"]:
         return z.reshape(*z.shape[:2], self.memory.heads, self.memory.head_dim)
 
-    def _first_slot(self) -> int:
-        """The place of a chunk's first token in [P, h_1 .. h_C, x_1 .. x_C]."""
-        persistent = 0 if self.persistent is None else self.persistent.shape[0]
-        return persistent + self.memory.chunk_size
-
     def _nothing_kept(self, batch: int, dtype: DTypeLike) -> Kept:
         heads, head_dim = self.memory.heads, self.memory.head_dim
         empty = jnp.zeros((batch, self.memory.chunk_size, 2 * heads, head_dim), dtype)
         return Kept(empty, empty)
 
 
-def _parts(kept: Kept, seen: Bool[Array, "b c s"]) -> list[tuple[Array, Array, Array]]:
-    """What `attend` asks: what was recalled, then the tokens."""
+def _parts(query: Float[Array, "b c h d"], kept: Kept, seen: Bool[Array, "b c s"]) -> list[Part]:
+    """What was recalled, and the tokens, as attention sees them."""
     keys, values = (jnp.split(a, 2, axis=2) for a in kept)
-    return [(key, value, seen) for key, value in zip(keys, values, strict=True)]
+    return [Part(query, key, value, seen) for key, value in zip(keys, values, strict=True)]
 
 
 def _keep(kept: Kept, new: Kept, slot: Int[Array, "b c"], piece: ops.Piece) -> Kept:

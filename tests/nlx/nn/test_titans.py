@@ -176,10 +176,14 @@ def rotated(z, place):
 
 
 def attended(module, query, place, seen):
-    """Softmax attention of one token [d] at its place over pairs (token, place)."""
+    """Softmax attention of one token [d] at its place over pairs (token, place).
+
+    A token without a place looks the same from everywhere.
+    """
     heads = lambda z, part: (z @ array(getattr(module, part).kernel)).reshape(module.heads, -1)
     q = rotated(heads(query, "query"), place)
-    keys = np.stack([rotated(heads(z, "key"), at) for z, at in seen])
+    keys = [rotated(heads(z, "key"), place if at is None else at) for z, at in seen]
+    keys = np.stack(keys)
     values = np.stack([heads(z, "value") for z, _ in seen])
     weights = np.exp(np.einsum("hd,shd->sh", q, keys) / q.shape[-1] ** 0.5)
     out = np.einsum("sh,shd->hd", weights / weights.sum(0), values)
@@ -191,7 +195,7 @@ def numpy_mac(mixer, x):
     chunk, norms = memory.chunk_size, {n: array(norm.scale) for n, norm in mixer.norms.items()}
     persistent = array(mixer.persistent) if mixer.persistent is not None else []
     projected = lambda z, s: silu(z @ array(mixer.maps[s].kernel)).reshape(len(heads), -1)
-    first, out = [(token, at) for at, token in enumerate(persistent)], []
+    first, out = [(token, None) for token in persistent], []
     for token in x:
         number = len(out) % chunk
         if number == 0:
@@ -200,8 +204,8 @@ def numpy_mac(mixer, x):
         h = np.concatenate(
             [head.recall(q, head.start) for head, q in zip(heads, asked, strict=True)]
         )
-        recalled.append((rms(h, norms["recalled"]), len(first) + number))
-        tokens.append((token, len(first) + chunk + number))
+        recalled.append((rms(h, norms["recalled"]), number))
+        tokens.append((token, chunk + number))
         y = attended(mixer.attention, *tokens[-1], [*first, *recalled, *tokens])
         y = rms(y, norms["attended"])
         q, k, v = (projected(y, s) for s in ("query", "key", "value"))
