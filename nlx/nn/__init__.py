@@ -28,5 +28,8 @@ from nlx.nn.presets import PRESETS as PRESETS
 from nlx.nn.presets import ModelConfig as ModelConfig
 from nlx.nn.presets import preset as preset
 from nlx.nn.titans import TitansLMM as TitansLMM
+from nlx.nn.titans import TitansMAG as TitansMAG
+from nlx.nn.titans import TitansMAL as TitansMAL
+from nlx.nn.titans import TitansState as TitansState
 from nlx.nn.titans_mac import MACState as MACState
 from nlx.nn.titans_mac import TitansMAC as TitansMAC

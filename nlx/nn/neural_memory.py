@@ -217,6 +217,7 @@ class NeuralMemory(nnx.Module):
         x: Float[Array, "b t d"],
         state: NeuralMemoryState | None = None,
         segment_ids: Int[Array, "b t"] | None = None,
+        weights: tuple[Float[Array, "h i o"], ...] | None = None,
     ) -> tuple[Float[Array, "b t h d"], NeuralMemoryState]:
         """Writes every token, and reads the memory for it.
 
@@ -224,9 +225,13 @@ class NeuralMemory(nnx.Module):
           x: inputs, normalised by the caller.
           state: as returned; None: nothing but the persistent tokens came before.
           segment_ids: a new segment starts from where the memory starts; see `nlx.nn.segments`.
+          weights: those of `begin`, if the caller has them.
         """
-        anew = state is None or segment_ids is not None
-        return self._read(x, state, segment_ids, self.begin()[1] if anew else None)
+        if state is not None and segment_ids is None:
+            weights = None
+        elif weights is None:
+            _, weights = self.begin()
+        return self._read(x, state, segment_ids, weights)
 
     def _read(self, x, state: NeuralMemoryState | None, segment_ids, weights):
         windows = {} if state is None else state.windows

@@ -13,14 +13,16 @@ from nlx.level import Association
 from nlx.nn.stream import unit as unit_vectors
 
 SIZES = dict(heads=2, hidden=5, chunk_size=4, persistent=4)
-MIXERS = {"lmm": nn.TitansLMM, "mac": nn.TitansMAC}
+MIXERS = {"lmm": nn.TitansLMM, "mac": nn.TitansMAC, "mag": nn.TitansMAG, "mal": nn.TitansMAL}
+WINDOW = 5
 LENGTH = 12
 pytestmark = pytest.mark.usefixtures("x64")
 
 
 def make(name, **options):
     """A mixer of 8 channels, its limits low enough to be met."""
-    mixer = MIXERS[name](8, **SIZES | options, rngs=nnx.Rngs(0))
+    window = dict(window=WINDOW) if name in ("mag", "mal") else {}
+    mixer = MIXERS[name](8, **SIZES | window | options, rngs=nnx.Rngs(0))
     for _, module in nnx.iter_modules(mixer):
         if hasattr(module, "bound"):
             module.clip, module.bound = 1.0, 2.0
@@ -190,12 +192,41 @@ def attended(module, query, place, seen):
     return out.reshape(-1) @ array(module.output.kernel)
 
 
+def windowed(module, x, prefix):
+    """Attention of every token of x over the prefix and the window's tokens."""
+    tokens = list(zip(x, range(len(x)), strict=True))
+    first = [(token, None) for token in prefix]
+    rows = [
+        attended(module, token, t, [*first, *tokens[max(0, t + 1 - WINDOW) : t + 1]])
+        for token, t in tokens
+    ]
+    return np.stack(rows)
+
+
+def persistent_of(module):
+    return np.zeros((0, 8)) if module.persistent is None else array(module.persistent)
+
+
+def numpy_mag(mixer, x):
+    y = windowed(mixer.attention, x, persistent_of(mixer.long_term))
+    recalled = neural_memory(mixer.long_term, x)[-1].reshape(len(x), 8)
+    gate = silu(rms(recalled, array(mixer.memory_norm.scale)))
+    return rms(y, array(mixer.attention_norm.scale)) * gate @ array(mixer.output.kernel)
+
+
+def numpy_mal(mixer, x):
+    long_term = mixer.memory.long_term
+    recalled, parts = neural_memory(long_term, x), [persistent_of(long_term), x]
+    layer = lambda part, z: rms(numpy_lmm(mixer.memory, part, z), array(mixer.norm.scale))
+    *prefix, y = (layer(p, z) for p, z in zip(parts[-len(recalled) :], recalled, strict=True))
+    return windowed(mixer.attention, y, prefix[0] if prefix else [])
+
+
 def numpy_mac(mixer, x):
     memory, heads = mixer.memory, heads_of(mixer.memory)
     chunk, norms = memory.chunk_size, {n: array(norm.scale) for n, norm in mixer.norms.items()}
-    persistent = array(mixer.persistent) if mixer.persistent is not None else []
     projected = lambda z, s: silu(z @ array(mixer.maps[s].kernel)).reshape(len(heads), -1)
-    first, out = [(token, None) for token in persistent], []
+    first, out = [(token, None) for token in persistent_of(mixer)], []
     for token in x:
         number = len(out) % chunk
         if number == 0:
@@ -224,6 +255,8 @@ def numpy_mac(mixer, x):
 NUMPY = {
     "lmm": lambda mixer, x: numpy_lmm(mixer, x, neural_memory(mixer.long_term, x)[-1]),
     "mac": numpy_mac,
+    "mag": numpy_mag,
+    "mal": numpy_mal,
 }
 
 
@@ -336,6 +369,11 @@ def one(built, x, state):
     return jnp.concatenate(ys, 1), state
 
 
+def memories(state):
+    """A state without windowed attention's cache: a call from no state builds none."""
+    return state._replace(attention=None) if isinstance(state, nn.TitansState) else state
+
+
 def test_mixer_is_the_paper(built):
     check_numpy(built.name, built.mixer, built.x, built.y)
 
@@ -343,12 +381,15 @@ def test_mixer_is_the_paper(built):
 @pytest.mark.parametrize("cut", [six, one])
 def test_any_split_is_the_whole(built, cut):
     y, state = cut(built, built.x, built.start)
-    close((y, state), (built.y, built.state))
+    close(y, built.y)
+    close(memories(state), memories(built.state))
 
 
 def test_state_keeps_structure_shapes_and_dtypes(built):
     like = lambda tree: jax.tree.map(lambda a: (a.shape, a.dtype), tree)
-    assert like(built.state) == like(built.start)
+    _, state = one(built, built.x[:, :1], built.start)
+    assert like(state) == like(built.start)
+    assert like(memories(built.state)) == like(memories(state))
 
 
 def test_rows_stand_at_positions_of_their_own(built):
@@ -358,7 +399,7 @@ def test_rows_stand_at_positions_of_their_own(built):
     x = jnp.stack([built.x[0, 1:7], built.x[1, 6:12]])
     y, state = six(built, x, mixed)
     close(y, jnp.stack([built.y[0, 1:7], built.y[1, 6:12]]))
-    jax.tree.map(lambda a, b: close(a[1], b[1]), state, built.state)
+    close(*(jax.tree.map(lambda a: a[1], memories(s)) for s in (state, built.state)))
 
 
 def test_packed_segments_are_what_they_would_be_alone(built):
@@ -370,7 +411,7 @@ def test_packed_segments_are_what_they_would_be_alone(built):
         for begin, stop in zip(cuts[row][:-1], cuts[row][1:], strict=True):
             alone, end = one(built, built.x[:, begin:stop], built.start)
             close(packed[row, begin:stop], alone[row])
-        jax.tree.map(lambda a, b, row=row: close(a[row], b[row]), state, end)
+        close(*(jax.tree.map(lambda a, row=row: a[row], memories(s)) for s in (state, end)))
 
 
 def test_causal_and_no_leak_across_the_batch(built):
