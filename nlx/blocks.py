@@ -56,6 +56,12 @@ def check_level(name: str, level: Any, shared: bool) -> None:
         raise ValueError(f"`write` of level {name!r} is None, but the level learns: give it one.")
 
 
+def check_names(argument: str, given: Mapping[str, Any], levels: Mapping[str, Any]) -> None:
+    """Raises ValueError where something by name is not of exactly these levels."""
+    if set(given) != set(levels):
+        raise ValueError(f"`{argument}` are of {list(given)}; they must be of {list(levels)}.")
+
+
 def check_contexts(wiring: Wiring, own: Mapping[str, Any]) -> None:
     """Raises ValueError where `forward` gives contexts to the wrong levels."""
     for name in wiring.own():
@@ -70,8 +76,7 @@ def check_contexts(wiring: Wiring, own: Mapping[str, Any]) -> None:
 
 def tick_of(wiring: Wiring, states: Mapping[str, Any]) -> Any:
     """The tick at which all states stand. Raises ValueError where they visibly don't agree."""
-    if set(states) != set(wiring.levels):
-        raise ValueError(f"`states` are of {list(states)}, but `levels` are {list(wiring.levels)}.")
+    check_names("states", states, wiring.levels)
     ticks = [state.tick for state in states.values()]
     if len({tick for tick in ticks if isinstance(tick, int)}) > 1:
         raise ValueError(f"`states` must all stand at one tick, got {ticks}.")
@@ -97,7 +102,7 @@ def scan(wiring: Wiring, states: Mapping[str, Any], contexts: Any) -> tuple[dict
     elif isinstance(tick, int) and _divide([clock for clock, _ in groups]):
         params, carries, outputs = _nested(wiring, groups, params, carries, contexts, tick)
     else:
-        params, carries, outputs = _masked(wiring, params, carries, contexts, as_array(tick))
+        params, carries, outputs = _masked(wiring, params, carries, contexts, tick)
     after = {
         name: state._replace(params=params[name], carry=carries[name], tick=tick + length)
         for name, state in states.items()
@@ -170,29 +175,43 @@ def _nested(wiring: Wiring, groups, params: dict, carries: dict, contexts, tick:
 
 
 def _masked(wiring: Wiring, params: dict, carries: dict, contexts, tick):
-    """A loop over as many blocks as the worst start tick needs, each padded to the longest."""
-    clocks = [clock for clock, _ in _groups(wiring)]
+    """A loop over as many blocks as the worst start tick needs, each padded to the longest.
+
+    What pads a block is its own last tick: what comes after it, finite or not, counts nowhere.
+    """
+    groups = _groups(wiring)
+    clocks = [clock for clock, _ in groups]
     length = _length(contexts)
     size = min([length] + [clock.period for clock in clocks])
     padded = jax.tree.map(  # with the last tick, never zeros: a masked NaN is NaN in gradients
         lambda x: jnp.concatenate([x, jnp.repeat(x[-1:], size, axis=0)]), contexts
     )
-    moving = [name for _, group in _groups(wiring) for name in group]
+    moving = [name for _, group in groups for name in group]
+    # A clock's own tick: a Python integer may be larger than an array of ticks can hold.
+    begin = {c: as_array(tick % c.period if isinstance(tick, int) else tick) for c in clocks}
 
     def block(state, _):
         moved, carries, start = state
-        now, ticks = tick + start, length - start
+        ticks = length - start
         for clock in clocks:
-            ticks = jnp.minimum(ticks, clock.until(now))
-        piece = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, size), padded)
+            ticks = jnp.minimum(ticks, clock.until(begin[clock] + start))
+        valid = jnp.arange(size) < ticks
+
+        def cut(x):
+            piece = jax.lax.dynamic_slice_in_dim(x, start, size)
+            last = jax.lax.dynamic_slice_in_dim(piece, jnp.maximum(ticks - 1, 0), 1)
+            return jnp.where(valid.reshape(size, *[1] * (x.ndim - 1)), piece, last)
+
         current = {**params, **moved}
-        carries, outputs = _block(wiring, current, carries, piece, jnp.arange(size) < ticks)
-        for name in moving:
-            firing = (ticks > 0) & wiring.levels[name].clock.fires(now + ticks - 1)
-            current, carries = _fire(wiring, [name], firing, current, carries)
+        piece = jax.tree.map(cut, padded)
+        carries, outputs = _block(wiring, current, carries, piece, valid)
+        for clock, names in groups:
+            firing = (ticks > 0) & clock.fires(begin[clock] + start + ticks - 1)
+            current, carries = _fire(wiring, names, firing, current, carries)
         return ({name: current[name] for name in moving}, carries, start + ticks), (outputs, start)
 
-    state = ({name: params[name] for name in moving}, carries, jnp.zeros_like(tick))
+    origin = jnp.zeros_like(as_array(0 if isinstance(tick, int) else tick))
+    state = ({name: params[name] for name in moving}, carries, origin)
     state, (outputs, starts) = jax.lax.scan(block, state, length=_most_blocks(clocks, length))
     ticks = jnp.arange(length, dtype=starts.dtype)
     at = jnp.searchsorted(starts, ticks, side="right") - 1

@@ -38,7 +38,7 @@ class Clock:
         """
         if self.period is None:
             return False if isinstance(tick, Integral) else jnp.zeros(jnp.shape(tick), bool)
-        firing = (tick + 1 - self.phase) % self.period == 0
+        firing = self._since(tick, 1 - self.phase) == 0
         return bool(firing) if isinstance(tick, Integral) else firing
 
     def until(self, tick: Tick) -> Tick:
@@ -48,7 +48,12 @@ class Clock:
         """
         if self.period is None:
             raise ValueError("`until` needs a clock that fires, and `period` is None.")
-        return self.period - (tick - self.phase) % self.period
+        return self.period - self._since(tick, -self.phase)
+
+    def _since(self, tick: Tick, shift: int) -> Tick:
+        """(tick + shift) % period, without a step below 0 or above the tick's own range."""
+        assert self.period is not None
+        return (tick % self.period + shift % self.period) % self.period
 
 
 def as_array(tick: Tick) -> Int[Array, "..."]:

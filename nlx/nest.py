@@ -53,7 +53,11 @@ class Nest:
         return {name: v.init(k) for k, (name, v) in zip(keys, self.levels.items(), strict=True)}
 
     def start(self, params: Named, tick: Tick = 0) -> dict[str, LevelState]:
-        """States before the first tick, all at one tick; see `Level.start`."""
+        """States before the first tick, all at one tick; see `Level.start`.
+
+        Raises ValueError where `params` are not of these levels.
+        """
+        blocks.check_names("params", params, self.levels)
         return {name: level.start(params[name], tick) for name, level in self.levels.items()}
 
     def step(self, states: Mapping[str, LevelState], context: Any) -> tuple[Named, Any]:

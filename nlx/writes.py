@@ -102,7 +102,8 @@ def gated(
     bound: if given, > 0: at a firing each matrix is scaled down to this Frobenius norm, in the
         working and in the published weights.
 
-    Raises ValueError for other bounds, and where an association gates what this write lacks.
+    Raises ValueError for other bounds, where an association gates what this write lacks, and for
+    gates that are not one number of at least float32 for each tick.
     Source: Behrouz et al. (2024), Titans, eqs. 13-14; (2025), Nested Learning, eqs. 57, 88.
     """
     for name, limit in (("clip", clip), ("bound", bound)):
@@ -114,7 +115,7 @@ def gated(
         return Working(weights, jax.tree.map(jnp.zeros_like, weights) if momentum else None)
 
     def tick(params, carry: Working, gradient, context):
-        rate, retain, decay, strength = _gates(context, erase is not None, momentum)
+        rate, retain, decay, strength = _gates(context, erase is not None, momentum, ())
         gradient = jax.tree.map(lambda g: _limit(g, clip), gradient)
         step = jax.tree.map(lambda g: -g if rate is None else -rate * g, gradient)
         if momentum and decay is not None:
@@ -132,7 +133,7 @@ def gated(
 
     def block(params, carry: Working, pull, contexts, mask: Bool[Array, " t"]):
         del params
-        rate, retain, decay, _ = _gates(contexts, False, momentum)
+        rate, retain, decay, _ = _gates(contexts, False, momentum, mask.shape)
         kept, carried, shares, decayed, left = _coefficients(mask, rate, retain, decay, momentum)
         weights = jax.tree.map(lambda w, g: kept * w - g, carry.weights, pull(shares))
         if not momentum:
@@ -159,9 +160,24 @@ def fire_if(write: Write, firing: bool | Bool[Array, ""], params: Any, carry: An
     return jax.lax.cond(firing, write.fire, lambda p, c: (p, c), params, carry)
 
 
-def _gates(context: Any, erases: bool, momentum: bool):
-    """The gates of a context, None where neutral; refuses gates that the write would ignore."""
-    gates = [getattr(context, name, None) for name in ("rate", "retain", "momentum", "erase")]
+def _gates(context: Any, erases: bool, momentum: bool, shape: tuple[int, ...]):
+    """The gates of a context, None where neutral; refuses what the write would take wrongly."""
+    names = ("rate", "retain", "momentum", "erase")
+    gates = [getattr(context, name, None) for name in names]
+    for name, gate in zip(names, gates, strict=True):
+        if gate is None:
+            continue
+        if jnp.shape(gate) != shape:
+            raise ValueError(
+                f"`{name}` of an association has shape {jnp.shape(gate)}; it must be {shape}: one "
+                "number for each tick."
+            )
+        dtype = jnp.result_type(gate)
+        if jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 32:
+            raise ValueError(
+                f"`{name}` of an association has dtype {dtype}; it must be at least float32: "
+                "bfloat16 turns a retention of 0.9985 into 1."
+            )
     if gates[2] is not None and not momentum:
         raise ValueError("`momentum` is gated by an association whose write has momentum=False.")
     if gates[3] is not None and not erases:

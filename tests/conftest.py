@@ -1,5 +1,6 @@
 """Fixtures shared by all tests: float64 on demand, a compilation cache, keys."""
 
+import gc
 import os
 import pathlib
 
@@ -17,6 +18,8 @@ import hypothesis
 import jax
 import pytest
 
+# A tenth of the time went to looking for cycles among traces, which are many and live long.
+gc.set_threshold(100_000, 20, 100)
 ROOT = pathlib.Path(__file__).parents[1]
 jax.config.update("jax_compilation_cache_dir", str(ROOT / ".jax_cache"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)

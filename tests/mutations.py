@@ -119,6 +119,34 @@ MUTATIONS = (
         'rate = 0 * inner_lr / _power(params["deep"], key)',
         "nlx/optim/test_deep_momentum.py",
     ),
+    Mutation(
+        "what pads a block of ticks",
+        "nlx/blocks.py",
+        "return jnp.where(valid.reshape(size, *[1] * (x.ndim - 1)), piece, last)",
+        "return piece",
+        "nlx/test_nest.py",
+    ),
+    Mutation(
+        "the refusal of gates below float32",
+        "nlx/writes.py",
+        "jnp.finfo(dtype).bits < 32",
+        "jnp.finfo(dtype).bits < 0",
+        "nlx/test_writes.py",
+    ),
+    Mutation(
+        "the taking out of tokens that are not finite",
+        "kernels/nlx_kernels/_finite.py",
+        "        _select(bad, tokens, 0),\n",
+        "        tokens,\n",
+        "kernels/test_finite.py",
+    ),
+    Mutation(
+        "the rematerialisation of a chunk",
+        WINDOWS,
+        "jax.lax.scan(jax.checkpoint(body, prevent_cse=False), carry, tokens)",
+        "jax.lax.scan(body, carry, tokens)",
+        "kernels/test_laws.py",
+    ),
 )
 
 

@@ -3,6 +3,7 @@
 
 import base64
 import dataclasses
+import functools
 import json
 import shutil
 import signal
@@ -17,16 +18,19 @@ from nlx_experiments.errors import Refused, Stopped
 from nlx import nn
 
 STEPS = 6
+compiled = functools.cache(learner.make)
 
 
 @pytest.fixture(autouse=True)
 def small_presets(monkeypatch):
-    """Stand-ins for the presets that compile in a second; Hope itself is in the slow tier."""
+    """Stand-ins for the presets that compile in a second, once; Hope is in the slow tier."""
     small = dict(width=16, layers=1, heads=2, hidden=16, cms_periods=(1, 4))
     hope = dataclasses.replace(nn.PRESETS["hope-attention-tiny"], **small)
     rival = dataclasses.replace(nn.PRESETS["transformer++-tiny"], **small)
     monkeypatch.setitem(nn.PRESETS, "hope-tiny", hope)
     monkeypatch.setitem(nn.PRESETS, "transformer++-tiny", rival)
+    anywhere = lambda config: compiled(dataclasses.replace(config, run=None))
+    monkeypatch.setattr(learner, "make", anywhere)
 
 
 @pytest.fixture(scope="module")

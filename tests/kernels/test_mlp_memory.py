@@ -195,7 +195,7 @@ def test_xla_is_the_reference(name, momentum, erase, options, draw, gradients, x
         agree(xla(given), reference(given), 1e-9)
 
 
-@pytest.mark.parametrize("name", ["token", "ragged-63"])
+@pytest.mark.parametrize("name", [pytest.param("token", marks=pytest.mark.slow), "ragged-63"])
 def test_xla_goes_on_from_any_position_and_resets(name, draw, gradients, x64, agree):
     shape = shapes.TESTS[name]
     given = tokens(draw, shape) | dict(state=running(draw, shape), weights=start(draw, shape))

@@ -217,7 +217,13 @@ def form(gradients, implementation, shape, **options):
     [
         ("online-24", False, False, {}),
         ("mixed-63", True, True, LIMITS),
-        ("mixed-64", False, False, dict(read="chunk_start", erase=False, clip=None, bound=None)),
+        pytest.param(
+            "mixed-64",
+            False,
+            False,
+            dict(read="chunk_start", erase=False, clip=None, bound=None),
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_xla_is_the_reference(name, momentum, query, options, draw, gradients, x64, agree):
@@ -230,7 +236,7 @@ def test_xla_is_the_reference(name, momentum, query, options, draw, gradients, x
         agree(xla(given), reference(given), 1e-9)
 
 
-@pytest.mark.parametrize("name", ["token", "undivided-100"])
+@pytest.mark.parametrize("name", ["token", pytest.param("undivided-100", marks=pytest.mark.slow)])
 def test_xla_goes_on_from_any_position_and_resets(name, draw, gradients, x64, agree):
     shape, options = shapes.TESTS[name], LIMITS | dict(activation="silu")
     reference = form(gradients, "reference", shape, **options)
@@ -242,6 +248,7 @@ def test_xla_goes_on_from_any_position_and_resets(name, draw, gradients, x64, ag
         agree(xla(given), reference(given), 1e-9)
 
 
+@pytest.mark.slow
 def test_low_precision(draw, gradients, x64, agree):
     shape = shapes.TESTS["mixed-63"]
     reference = form(gradients, "reference", shape)

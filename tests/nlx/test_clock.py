@@ -61,3 +61,11 @@ def test_clocks_are_equal_and_hash_by_value():
 def test_as_array_keeps_the_type_of_arrays():
     assert as_array(3).dtype == jnp.int32
     assert as_array(jnp.int16(3)).dtype == jnp.int16
+
+
+@pytest.mark.parametrize("kind", [jnp.uint8, jnp.uint32, jnp.int32])
+def test_ticks_may_be_unsigned_and_the_largest(kind):
+    clock, last = nlx.Clock(7, 5), int(jnp.iinfo(kind).max)
+    for tick in (0, 3, last - 1, last):
+        assert bool(clock.fires(kind(tick))) is clock.fires(tick)
+        assert int(clock.until(kind(tick))) == clock.until(tick)

@@ -123,3 +123,9 @@ def test_objectives_sum_over_all_leaves(x64):
     np.testing.assert_array_equal(gradient["a"], -value["a"])
     gradient = jax.grad(objectives.l2)(output, value)
     np.testing.assert_allclose(gradient["a"], output["a"] - value["a"])
+
+
+@pytest.mark.parametrize("objective", [objectives.l2, objectives.dot_product])
+def test_objectives_broadcast_nothing(objective):
+    with pytest.raises(ValueError, match=r"`value` has shape \(1, 3\); it must be \(2, 3\)"):
+        objective(jnp.ones((2, 3)), jnp.ones((1, 3)))

@@ -217,3 +217,15 @@ def test_bad_arguments_get_a_sentence():
         context = nlx.Association(params[0], None, **{gate: 0.5})
         with pytest.raises(ValueError, match=f"`{gate}` is gated by an association whose write"):
             write.tick(params, write.init(params), params, context)
+    write = writes.gated()
+    start = write.init(jnp.zeros((2, 2)))
+    for gate, sentence in (
+        (
+            jnp.bfloat16(0.9985),
+            "`retain` of an association has dtype bfloat16; it must be at least",
+        ),
+        (jnp.full(2, 0.5), r"`retain` of an association has shape \(2,\); it must be \(\)"),
+    ):
+        context = nlx.Association(None, None, retain=gate)
+        with pytest.raises(ValueError, match=sentence):
+            write.tick(jnp.zeros((2, 2)), start, jnp.zeros((2, 2)), context)

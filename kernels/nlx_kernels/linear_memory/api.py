@@ -8,6 +8,7 @@ from jaxtyping import Array, Float, Int
 
 from nlx_kernels._checks import Checker
 from nlx_kernels._dispatch import Implementation, choose
+from nlx_kernels._finite import quarantine
 from nlx_kernels.linear_memory import reference, xla
 
 OFFERED = {"xla": xla.linear_memory, "reference": reference.linear_memory}
@@ -53,7 +54,8 @@ def linear_memory(
       interpret: run a kernel on the CPU.
 
     Returns:
-      y in q's dtype, and the memory after the last token.
+      y in q's dtype, and the memory after the last token. A token that is not finite makes both
+      NaN from there on, in its row and head, until a segment begins; never what stands before.
 
     Raises:
       ValueError, TypeError: one sentence that names the argument.
@@ -75,8 +77,9 @@ def linear_memory(
     if state is None:
         state = jnp.zeros([check.sizes[axis] for axis in "bhkv"], check.accumulator())
     state = check.state("state", state, "b h k v")
+    written = {"k": k, "v": v, "retain": retain, "erase": erase, "rate": rate}
+    q, written, state, mark = quarantine(q, written, state, segment_ids)
     y, new_state = run(
-        q, k, v, retain=retain, erase=erase, rate=rate, state=state, read=read,
-        segment_ids=segment_ids, block_size=block,
-    )  # fmt: skip
-    return y.astype(q.dtype), new_state
+        q, **written, state=state, read=read, segment_ids=segment_ids, block_size=block
+    )
+    return mark(y.astype(q.dtype), new_state)

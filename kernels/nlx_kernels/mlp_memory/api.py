@@ -8,6 +8,7 @@ from jaxtyping import Array, Float, Int
 
 from nlx_kernels._checks import Checker
 from nlx_kernels._dispatch import Implementation, choose
+from nlx_kernels._finite import quarantine
 from nlx_kernels.mlp_memory import reference, xla
 from nlx_kernels.mlp_memory.state import MLPMemoryState
 
@@ -75,7 +76,8 @@ def mlp_memory(
       interpret: run a kernel on the CPU.
 
     Returns:
-      y in q's dtype, and the state after the last token.
+      y in q's dtype, and the state after the last token. A token that is not finite makes both
+      NaN from there on, in its row and head, until a segment begins; never what stands before.
 
     Raises:
       ValueError, TypeError: one sentence that names the argument.
@@ -107,12 +109,14 @@ def mlp_memory(
         weights = _layers(check, check.weights, "weights", weights, "h")
     if state is not None:
         state = _state(check, state, momentum is not None)
+    written = {"k": k, "v": v, "rate": rate, "retain": retain, "momentum": momentum, "erase": erase}
+    q, written, state, mark = quarantine(q, written, state, segment_ids)
     y, new_state = run(
-        q, k, v, weights=weights, state=state, rate=rate, retain=retain, momentum=momentum,
-        erase=erase, chunk_size=chunk_size, read=read, activation=activation, residual=residual,
-        norm=norm, clip=clip, bound=bound, segment_ids=segment_ids,
+        q, **written, weights=weights, state=state, chunk_size=chunk_size, read=read,
+        activation=activation, residual=residual, norm=norm, clip=clip, bound=bound,
+        segment_ids=segment_ids,
     )  # fmt: skip
-    return y.astype(q.dtype), new_state
+    return mark(y.astype(q.dtype), new_state)
 
 
 def _layers(check: Checker, one: Callable, name: str, weights: Any, lead: str) -> tuple:

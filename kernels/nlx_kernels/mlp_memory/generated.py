@@ -4,10 +4,13 @@
 from collections.abc import Callable
 from typing import Any, Literal
 
+import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from nlx_kernels._checks import Checker
 from nlx_kernels._chunk import Piece
+from nlx_kernels._finite import quarantine
 from nlx_kernels.mlp_memory import reference, xla
 from nlx_kernels.mlp_memory.state import MLPMemoryState
 
@@ -48,6 +51,7 @@ def generated_memory(
       output: [b, h, c, v], returned beside what is recalled.
 
     It must give every token the same from any piece: that makes the result independent of splits.
+    What is not finite reaches all heads, from its token to the end of its segment.
 
     Args:
       make: as above; differentiable in all that it closes over.
@@ -75,8 +79,25 @@ def generated_memory(
     if state is not None:
         check.fields("state", state, MLPMemoryState)
         check.buffer(state.momentum, momentum)
-    return xla.scan(
+    given, carried = _one_head(inputs, 3), _one_head((state, kept), 2)
+    _, given, carried, mark = quarantine(given, given, carried, segment_ids)
+    inputs, (state, kept) = _like(given, inputs), _like(carried, (state, kept))
+    recalled, output, state, kept = xla.scan(
         make, inputs, kept, weights=weights, state=state, momentum=momentum,
         chunk_size=chunk_size, read=read, activation=activation, residual=residual, norm=norm,
         clip=clip, bound=bound, segment_ids=segment_ids,
     )  # fmt: skip
+    recalled, (state, kept) = mark(recalled, (state, kept))
+    return recalled, mark(output, ())[0], state, kept
+
+
+def _one_head(tree: Any, axes: int) -> Any:
+    """Arrays [.., h, ...] as [.., 1, n], for what reaches all heads; integers as they are."""
+    floats = lambda a: jnp.issubdtype(a.dtype, jnp.floating)
+    return jax.tree.map(
+        lambda a: a.reshape(*a.shape[: axes - 1], 1, -1) if floats(a) else a, tree
+    )
+
+
+def _like(tree: Any, like: Any) -> Any:
+    return jax.tree.map(lambda a, b: a.reshape(b.shape), tree, like)

@@ -8,6 +8,7 @@ from jaxtyping import Array, Float, Int
 
 from nlx_kernels._checks import Checker
 from nlx_kernels._dispatch import Implementation, choose
+from nlx_kernels._finite import quarantine
 from nlx_kernels.self_modifying_memory import reference, xla
 from nlx_kernels.self_modifying_memory.state import (
     SelfModifyingParameters,
@@ -80,7 +81,8 @@ def self_modifying_memory(
       interpret: run a kernel on the CPU.
 
     Returns:
-      y in x's dtype, and the state after the last token.
+      y in x's dtype, and the state after the last token. A token that is not finite makes both
+      NaN from there on, in its row and head, until a segment begins; never what stands before.
 
     Raises:
       ValueError, TypeError: one sentence that names the argument.
@@ -102,12 +104,13 @@ def self_modifying_memory(
     parameters = _parameters(check, parameters)
     if state is not None:
         state = _state(check, state, set(parameters.memories), momentum is not None)
+    q, (x, momentum), state, mark = quarantine(q, (x, momentum), state, segment_ids)
     y, new_state = run(
         x, q, parameters=parameters, state=state, chunk_size=chunk_size,
         projection_chunk_size=projection_chunk_size, read=read, momentum=momentum, erase=erase,
         activation=activation, clip=clip, bound=bound, segment_ids=segment_ids,
     )  # fmt: skip
-    return y.astype(q.dtype), new_state
+    return mark(y.astype(q.dtype), new_state)
 
 
 def _tokens(check: Checker, x: Any, q: Any) -> tuple[Streams, Array]:

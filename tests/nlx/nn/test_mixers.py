@@ -255,7 +255,10 @@ def check_around_the_op(hope, inputs, calls, outputs):
 FLAGS = dict(read="chunk_start", momentum=False, erase=False, adaptive_query=True)
 
 
-@pytest.mark.parametrize("flags", [{}, FLAGS], ids=["defaults", "flags"])
+@pytest.mark.parametrize(
+    "flags",
+    [pytest.param({}, id="defaults"), pytest.param(FLAGS, id="flags", marks=pytest.mark.slow)],
+)
 def test_hope_is_its_nest(flags, x64, monkeypatch):
     """What the op gave the mixer for one head is what the mixer's nest says, tick by tick."""
     hope = nn.SelfModifying(
