@@ -14,16 +14,25 @@ from nlx.clock import Clock
 from nlx.level import Level
 from nlx.nest import Nest
 from nlx.nn.attention import Attention
-from nlx.nn.block import Block, BlockState
+from nlx.nn.block import Block, BlockState, Mixer
 from nlx.nn.cms import CMS
 from nlx.nn.feedforward import MLP, SwiGLU
 from nlx.nn.hope import SelfModifying
 from nlx.nn.linear import Embedding, Linear
 from nlx.nn.norm import RMSNorm
 from nlx.nn.presets import ModelConfig
+from nlx.nn.titans import TitansLMM, TitansMAG, TitansMAL
+from nlx.nn.titans_mac import TitansMAC
 from nlx.train import language_model_loss
 
 ModelState = tuple[BlockState, ...]
+
+TITANS = {
+    "titans_lmm": TitansLMM,
+    "titans_mac": TitansMAC,
+    "titans_mag": TitansMAG,
+    "titans_mal": TitansMAL,
+}
 
 
 class LanguageModel(nnx.Module):
@@ -134,9 +143,11 @@ def _block(config: ModelConfig, rngs: nnx.Rngs) -> Block:
     return Block(config.width, mixer, feed_forward)
 
 
-def _mixer(config: ModelConfig, rngs: nnx.Rngs) -> Attention | SelfModifying:
+def _mixer(config: ModelConfig, rngs: nnx.Rngs) -> Mixer:
     if config.mixer == "attention":
         return Attention(config.width, heads=config.heads, kv_heads=config.kv_heads, rngs=rngs)
+    if config.mixer in TITANS:
+        return _titans(config, rngs)
     return SelfModifying(
         config.width,
         heads=config.heads,
@@ -148,6 +159,23 @@ def _mixer(config: ModelConfig, rngs: nnx.Rngs) -> Attention | SelfModifying:
         erase=config.erase,
         adaptive_query=config.adaptive_query,
         rngs=rngs,
+    )
+
+
+def _titans(config: ModelConfig, rngs: nnx.Rngs) -> Mixer:
+    kind = TITANS[config.mixer]
+    window = {"window": config.window} if kind in (TitansMAG, TitansMAL) else {}
+    return kind(
+        config.width,
+        heads=config.heads,
+        hidden=config.memory_hidden,
+        depth=config.memory_depth,
+        chunk_size=config.chunk_size,
+        persistent=config.persistent,
+        momentum=config.momentum,
+        read=config.read,
+        rngs=rngs,
+        **window,
     )
 
 

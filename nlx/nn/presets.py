@@ -5,7 +5,9 @@ import dataclasses
 import difflib
 from typing import Any, Literal, get_args
 
-Mixer = Literal["attention", "self_modifying"]
+Mixer = Literal[
+    "attention", "self_modifying", "titans_lmm", "titans_mac", "titans_mag", "titans_mal"
+]
 FeedForward = Literal["swiglu", "cms"]
 
 
@@ -27,20 +29,26 @@ class ModelConfig:
     """Heads of the mixer, each of width / heads channels."""
     kv_heads: int | None = None
     """Key and value heads of attention; None: as many as heads."""
+    window: int | None = None
+    """Tokens that attention sees beside Titans' memory, itself included."""
     hidden: int
     """Hidden units of the SwiGLU, or of each block of the continuum memory system."""
     cms_periods: tuple[int, ...] = (1,)
     """Optimizer steps from one update of a block to the next, fast to slow; one block each."""
     memory_hidden: int = 32
-    """Hidden units of each of Hope's memories."""
+    """Hidden units of each of Hope's and Titans' memories."""
+    memory_depth: int = 2
+    """Layers of Titans' memories."""
+    persistent: int = 4
+    """Learned tokens that Titans reads before every sequence."""
     chunk_size: int = 32
-    """Tokens between two moments at which Hope's memory takes over what it wrote."""
+    """Tokens written with gradients at the same weights: by Hope's memory, and by Titans'."""
     projection_chunk_size: int = 64
     """The same of its memories that make keys, values, rates and retention."""
     read: Literal["after_write", "chunk_start"] = "after_write"
     """Read the memory after the token's own write, or as it was at the chunk's start."""
     momentum: bool = True
-    """Whether Hope's writes carry momentum."""
+    """Whether the writes of Hope and Titans carry momentum."""
     erase: bool = True
     """Whether Hope's writes erase along the key (delta gradient descent)."""
     adaptive_query: bool = False

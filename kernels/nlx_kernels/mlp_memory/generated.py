@@ -94,9 +94,7 @@ def generated_memory(
 def _one_head(tree: Any, axes: int) -> Any:
     """Arrays [.., h, ...] as [.., 1, n], for what reaches all heads; integers as they are."""
     floats = lambda a: jnp.issubdtype(a.dtype, jnp.floating)
-    return jax.tree.map(
-        lambda a: a.reshape(*a.shape[: axes - 1], 1, -1) if floats(a) else a, tree
-    )
+    return jax.tree.map(lambda a: a.reshape(*a.shape[: axes - 1], 1, -1) if floats(a) else a, tree)
 
 
 def _like(tree: Any, like: Any) -> Any:
