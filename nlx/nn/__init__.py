@@ -12,10 +12,15 @@ from nlx.nn.block import Block as Block
 from nlx.nn.block import BlockState as BlockState
 from nlx.nn.cms import CMS as CMS
 from nlx.nn.convolution import Convolution as Convolution
+from nlx.nn.deltanet import DeltaNet as DeltaNet
+from nlx.nn.deltanet import GatedDeltaNet as GatedDeltaNet
 from nlx.nn.feedforward import MLP as MLP
 from nlx.nn.feedforward import SwiGLU as SwiGLU
 from nlx.nn.hope import HopeState as HopeState
 from nlx.nn.hope import SelfModifying as SelfModifying
+from nlx.nn.linear_memory import LinearMemoryState as LinearMemoryState
+from nlx.nn.mamba2 import Mamba2 as Mamba2
+from nlx.nn.mixer import Mixer as Mixer
 from nlx.nn.model import LanguageModel as LanguageModel
 from nlx.nn.model import clocks_by_level as clocks_by_level
 from nlx.nn.model import labels_by_level as labels_by_level
@@ -25,3 +30,7 @@ from nlx.nn.norm import RMSNorm as RMSNorm
 from nlx.nn.presets import PRESETS as PRESETS
 from nlx.nn.presets import ModelConfig as ModelConfig
 from nlx.nn.presets import preset as preset
+from nlx.nn.retnet import RetNet as RetNet
+from nlx.nn.ttt import TTTMLP as TTTMLP
+from nlx.nn.ttt import TTTLinear as TTTLinear
+from nlx.nn.ttt import TTTState as TTTState
