@@ -44,16 +44,11 @@ def size(config: ModelConfig, tokens: int) -> Size:
 
     tokens: capacity of attention's caches.
     """
-
-    def made(repeats: int) -> Size:
-        model, state = nnx.eval_shape(lambda: _start(config, repeats, tokens))
-        return Size(
-            parameter_count(model), sum(s.size * s.dtype.itemsize for s in jax.tree.leaves(state))
-        )
-
-    once, twice = made(1), made(2)
-    more = config.layers // len(config.mixers) - 1
-    return Size(*(a + more * (b - a) for a, b in zip(once, twice, strict=True)))
+    repeats = config.layers // len(config.mixers)
+    model, state = nnx.eval_shape(lambda: _start(config, tokens))
+    repeated = parameter_count(model.blocks)
+    kept = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+    return Size(parameter_count(model) + (repeats - 1) * repeated, repeats * kept)
 
 
 def levels(thing: Any, params: Any = None) -> list[Row]:
@@ -108,10 +103,10 @@ def table(rows: Iterable[Row]) -> str:
     return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
 
 
-def _start(config: ModelConfig, repeats: int, tokens: int) -> tuple[LanguageModel, Any]:
-    """A model with so many repeats of its pattern of mixers, and a state without tokens."""
-    layers = repeats * len(config.mixers)
-    model = LanguageModel(dataclasses.replace(config, layers=layers), rngs=nnx.Rngs(0))
+def _start(config: ModelConfig, tokens: int) -> tuple[LanguageModel, Any]:
+    """A model with its pattern of mixers once, and a state of one row."""
+    once = dataclasses.replace(config, layers=len(config.mixers))
+    model = LanguageModel(once, rngs=nnx.Rngs(0))
     return model, model.init_state(1, tokens)
 
 

@@ -53,4 +53,8 @@ def table() -> report.Table:
 
 
 def _cell(parameters: int, state: int) -> str:
-    return f"{parameters / 1e6:.3g} M; {state / 2**20:.3g} MiB"
+    return f"{_short(parameters / 1e6)} M; {_short(state / 2**20)} MiB"
+
+
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
