@@ -59,11 +59,12 @@ def inspect(argv: list[str]) -> None:
 
 def experiment(argv: list[str]) -> None:
     """Runs a named experiment."""
-    from nlx_experiments import demo, demo_check
+    from nlx_experiments import demo, demo_check, sizes
 
     experiments = {
         "demo": (demo.Demo, demo.main),
         "demo-check": (demo_check.DemoCheck, demo_check.main),
+        "sizes": (sizes.Sizes, sizes.main),
     }
     name = _first(argv, "run", "EXPERIMENT", default="demo")
     if name not in experiments:

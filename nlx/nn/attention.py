@@ -16,6 +16,7 @@ from nlx import memories, writes
 from nlx.clock import Clock
 from nlx.level import Level
 from nlx.nn.linear import Linear, check_sizes
+from nlx.nn.rotary import rotate
 from nlx.nn.segments import positions, segment_index
 
 
@@ -213,20 +214,6 @@ class Attention(nnx.Module):
         rows = jnp.arange(len(slot))[:, None]
         keep = lambda cache, new: cache.at[rows, slot].set(new.astype(cache.dtype), mode="drop")
         return AttentionState(keep(state.key, key), keep(state.value, value), where[:, -1] + 1)
-
-
-def rotate(
-    x: Float[Array, "b t h d"], position: Int[Array, "b t"], theta: float
-) -> Float[Array, "b t h d"]:
-    """Rotates channel pairs (i, i + d/2) by position / theta^(2 i / d); at least float32 inside."""
-    wide = jnp.promote_types(jnp.float32, x.dtype)
-    half = x.shape[-1] // 2
-    speed = theta ** (-jnp.arange(half, dtype=wide) / half)
-    angle = jnp.einsum("bt,f->btf", position.astype(wide), speed)[:, :, None]
-    first, second = jnp.split(x.astype(wide), 2, axis=-1)
-    cos, sin = jnp.cos(angle), jnp.sin(angle)
-    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return turned.astype(x.dtype)
 
 
 def _causal(t: int, index: Int[Array, "b t"] | None, window: int | None) -> Bool[Array, "b t t"]:

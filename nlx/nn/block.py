@@ -1,31 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """One block of a sequence model: a mixer over tokens, then a feed-forward over channels."""
 
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple
 
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PyTree
 
 from nlx.nn.cms import CMS
+from nlx.nn.mixer import Mixer
 from nlx.nn.norm import RMSNorm
-
-
-class Mixer(Protocol):
-    """y_t from x_1 .. x_t of the segment: whole == chunked == token by token."""
-
-    def init_state(self, batch: int, capacity: int, dtype: DTypeLike | None = None) -> Any:
-        """The state before the first token: a row per user. dtype: of x."""
-        ...
-
-    def __call__(
-        self,
-        x: Float[Array, "b t d"],
-        state: Any = None,
-        segment_ids: Int[Array, "b t"] | None = None,
-    ) -> tuple[Float[Array, "b t d"], Any]:
-        """state: as returned; None: nothing came before."""
-        ...
 
 
 class BlockState(NamedTuple):

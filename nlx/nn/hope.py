@@ -16,7 +16,7 @@ from nlx.nn.convolution import Window
 from nlx.nn.gate import Gate
 from nlx.nn.linear import Linear, check_sizes, normal, parameter
 from nlx.nn.norm import RMSNorm
-from nlx.nn.stream import Stream, unit
+from nlx.nn.stream import Streams, unit
 from nlx.self_modifying import BOXES, self_modifying_nest
 
 STREAMS = ("query", "key", "value", "gate")
@@ -96,7 +96,7 @@ class SelfModifying(nnx.Module):
         self.read: Literal["after_write", "chunk_start"] = read
         boxes = (*BOXES, "query") if adaptive_query else BOXES
         sizes = heads, (head_dim := self.head_dim)
-        self.streams = nnx.Dict({s: Stream(width, *sizes, rngs=rngs) for s in STREAMS})
+        self.streams = Streams(width, dict.fromkeys(STREAMS, sizes), rngs=rngs)
         self.boxes = nnx.Dict(
             {box: Box(*sizes, hidden, self._rate_bias(box), rngs=rngs) for box in boxes}
         )
@@ -134,15 +134,12 @@ class SelfModifying(nnx.Module):
         batch: rows. dtype: of x, None for that of the parameters.
         """
         del capacity
-        windows = {
-            name: stream.convolution.init_state(batch, dtype)
-            for name, stream in self.streams.items()
-        }
         memories = self.parameters().memories
         weights = jax.tree.map(lambda w: jnp.broadcast_to(w, (batch, *w.shape)), memories)
         momentum = None if self.momentum is None else jax.tree.map(jnp.zeros_like, weights)
         position = jnp.zeros(batch, jnp.int32)
-        return HopeState(windows, ops.SelfModifyingState(weights, weights, momentum, position))
+        memory = ops.SelfModifyingState(weights, weights, momentum, position)
+        return HopeState(self.streams.init_state(batch, dtype), memory)
 
     def parameters(self) -> ops.SelfModifyingParameters:
         """Where the memories start and the slow read-outs, as the op takes them."""
@@ -168,11 +165,8 @@ class SelfModifying(nnx.Module):
           state: as returned; None: nothing came before.
           segment_ids: a new segment starts from the parameters; see `nlx.nn.segments`.
         """
-        windows = {} if state is None else state.windows
-        made = {
-            name: stream(x, windows.get(name), segment_ids) for name, stream in self.streams.items()
-        }
-        query, key, value, gate = (made[name][0] for name in STREAMS)
+        made, windows = self.streams(x, None if state is None else state.windows, segment_ids)
+        query, key, value, gate = (made[name] for name in STREAMS)
         y, memory = ops.self_modifying_memory(
             ops.Streams(key, value, gate),
             query if "query" in self.boxes else unit(query),
@@ -186,4 +180,4 @@ class SelfModifying(nnx.Module):
             segment_ids=segment_ids,
         )
         y = self.norm(y).reshape(x.shape) * jax.nn.silu(self.gate(x))
-        return self.output(y), HopeState({name: made[name][1] for name in STREAMS}, memory)
+        return self.output(y), HopeState(windows, memory)

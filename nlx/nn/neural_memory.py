@@ -11,12 +11,13 @@ from jaxtyping import Array, Float, Int
 
 from nlx import memories, objectives, ops, writes
 from nlx.clock import Clock
-from nlx.level import Level, associative_memory
+from nlx.level import Association, Level, associative_memory
 from nlx.nest import Nest
 from nlx.nn.convolution import Window
 from nlx.nn.gate import Gate
 from nlx.nn.linear import check_sizes, normal
-from nlx.nn.stream import Stream, unit
+from nlx.nn.recall import Asked, recall
+from nlx.nn.stream import Streams, unit
 
 Read = Literal["after_write", "chunk_start"]
 
@@ -172,27 +173,24 @@ class NeuralMemory(nnx.Module):
             rngs=rngs,
         )
         self.heads, head_dim = heads, self.memory.head_dim
-        self.streams = nnx.Dict({s: Stream(width, heads, head_dim, rngs=rngs) for s in STREAMS})
+        self.streams = Streams(width, dict.fromkeys(STREAMS, (heads, head_dim)), rngs=rngs)
         self.persistent = persistent_tokens(persistent, width, rngs=rngs)
 
     def nest(self) -> Nest:
-        """One head as a level on its clock: what the op computes in parallel.
-
-        Its contexts are pairs (query [d], `Association`), its outputs what was recalled [d].
-        """
+        """One head as a level on its clock: what the op computes in parallel."""
         memory, level = self.memory.of_one_head()
-        after_write = self.memory.read == "after_write"
+        return recall(memory, level, after_write=self.memory.read == "after_write")
 
-        def forward(params, context):
-            query, association = context
-            y = query if after_write else memory.read(params["memory"], query)
-            return y, {"memory": association}
-
-        def read_working(working, query, context):
-            del context
-            return memory.read(working["memory"], query)
-
-        return Nest({"memory": level}, forward, read=read_working if after_write else None)
+    def ask(
+        self,
+        x: Float[Array, "b t d"],
+        windows: dict[str, Window] | None,
+        segment_ids: Int[Array, "b t"] | None,
+    ) -> tuple[Asked, dict[str, Window]]:
+        """What x asks and stores. windows: the convolutions' inputs; None: nothing came before."""
+        made, windows = self.streams(x, windows, segment_ids)
+        query, key, value = (made[name] for name in STREAMS)
+        return Asked(unit(query), Association(unit(key), value, **self.memory.gates(x))), windows
 
     def begin(
         self,
@@ -206,10 +204,7 @@ class NeuralMemory(nnx.Module):
 
     def init_state(self, batch: int, dtype: DTypeLike | None = None) -> NeuralMemoryState:
         """The state before the first token. batch: rows. dtype: of x, None for the parameters'."""
-        windows = {
-            name: stream.convolution.init_state(batch, dtype)
-            for name, stream in self.streams.items()
-        }
+        windows = self.streams.init_state(batch, dtype)
         return NeuralMemoryState(windows, self.memory.init_state(batch, self.begin()[1]))
 
     def __call__(
@@ -234,22 +229,23 @@ class NeuralMemory(nnx.Module):
         return self._read(x, state, segment_ids, weights)
 
     def _read(self, x, state: NeuralMemoryState | None, segment_ids, weights):
-        windows = {} if state is None else state.windows
-        made = {
-            name: stream(x, windows.get(name), segment_ids) for name, stream in self.streams.items()
-        }
-        query, key, value = (made[name][0] for name in STREAMS)
+        windows, memory = state or (None, None)
+        (query, stored), windows = self.ask(x, windows, segment_ids)
+        assert stored.rate is not None
+        assert stored.retain is not None
         recalled, memory = ops.mlp_memory(
-            unit(query),
-            unit(key),
-            value,
+            query,
+            stored.key,
+            stored.value,
             weights=weights,
-            state=None if state is None else state.memory,
+            state=memory,
+            rate=stored.rate,
+            retain=stored.retain,
+            momentum=stored.momentum,
             segment_ids=segment_ids,
-            **self.memory.gates(x),
             **self.memory.options(),
         )
-        return recalled, NeuralMemoryState({name: made[name][1] for name in STREAMS}, memory)
+        return recalled, NeuralMemoryState(windows, memory)
 
 
 def persistent_tokens(number: int, width: int, *, rngs: nnx.Rngs) -> nnx.Param | None:

@@ -12,10 +12,11 @@ from nlx.nn.attention import Attention, AttentionState
 from nlx.nn.linear import Linear
 from nlx.nn.neural_memory import NeuralMemory, NeuralMemoryState, Read
 from nlx.nn.norm import RMSNorm
+from nlx.nn.readout import ReadOut
 
 
 class TitansLMM(nnx.Module):
-    """y = (RMSNorm_h(M([P, x])) * silu(x W_g)) W_o, M a neural memory: long-term memory alone.
+    """A neural memory M and a read-out of M([P, x]), see `ReadOut`: long-term memory alone.
 
     Source: Behrouz et al. (2024), Titans, section 4.3 (LMM), section 4.4 (norm and gate).
     """
@@ -45,9 +46,7 @@ class TitansLMM(nnx.Module):
             read=read,
             rngs=rngs,
         )
-        self.norm = RMSNorm(heads, width // heads, axes=("heads", None))
-        self.gate = Linear(width, width, ("embed", "heads"), rngs=rngs)
-        self.output = Linear(width, width, ("heads", "embed"), rngs=rngs)
+        self.out = ReadOut(width, heads, width // heads, rngs=rngs)
 
     def init_state(
         self, batch: int, capacity: int | None = None, dtype: DTypeLike | None = None
@@ -73,14 +72,7 @@ class TitansLMM(nnx.Module):
           segment_ids: a new segment starts anew; see `nlx.nn.segments`.
         """
         recalled, state = self.long_term(x, state, segment_ids)
-        return self.read_out(x, recalled), state
-
-    def read_out(
-        self, x: Float[Array, "b t d"], recalled: Float[Array, "b t h d"]
-    ) -> Float[Array, "b t d"]:
-        """y of tokens for which the memory recalled this."""
-        normed = self.norm(recalled).reshape(x.shape)
-        return self.output(normed * jax.nn.silu(self.gate(x)))
+        return self.out(x, recalled), state
 
 
 class TitansState(NamedTuple):
@@ -185,13 +177,13 @@ class TitansMAL(nnx.Module):
         recalled, weights = self.memory.long_term.begin()
         prefix, persistent = None, self.memory.long_term.persistent
         if recalled is not None and persistent is not None:
-            prefix = self.norm(self.memory.read_out(persistent[...][None], recalled))[0]
+            prefix = self.norm(self.memory.out(persistent[...][None], recalled))[0]
         recalled, long_term = self.memory.long_term(x, long_term, segment_ids, weights)
-        y = self.norm(self.memory.read_out(x, recalled))
+        y = self.norm(self.memory.out(x, recalled))
         y, cache = self.attention(y, cache, segment_ids, prefix=prefix)
         return y, TitansState(cache, long_term)
 
 
 def _init_state(attention: Attention, long_term: NeuralMemory, batch, dtype) -> TitansState:
-    cache = attention.init_state(batch, attention.window, dtype)
+    cache = attention.init_state(batch, 1, dtype)  # a window has the capacity it needs
     return TitansState(cache, long_term.init_state(batch, dtype))

@@ -13,10 +13,11 @@ from jaxtyping import Array, Bool, Float, Int
 from nlx import ops
 from nlx.level import Association
 from nlx.nest import Nest
-from nlx.nn.attention import Attention, Part, attend, rotate
+from nlx.nn.attention import Attention, Part, attend
 from nlx.nn.linear import Linear, check_sizes
 from nlx.nn.neural_memory import STREAMS, DeepMemory, Read, persistent_tokens
 from nlx.nn.norm import RMSNorm
+from nlx.nn.rotary import rotate
 from nlx.nn.segments import positions
 from nlx.nn.stream import unit
 
@@ -36,7 +37,7 @@ class MACState(NamedTuple):
     memory: ops.MLPMemoryState
 
 
-class Asked(NamedTuple):
+class Projected(NamedTuple):
     """What is made of the tokens before the loop, in heads."""
 
     query: Float[Array, "b h c d"]  # of attention; not rotated
@@ -130,8 +131,8 @@ class TitansMAC(nnx.Module):
 
         def forward(params, context):
             x, i = context
-            asked = self._ask(x[None], jnp.arange(len(x))[None])
-            asked = Asked._make([*map(_swap, asked[:4]), asked.slot])
+            asked = self._project(x[None], jnp.arange(len(x))[None])
+            asked = Projected._make([*map(_swap, asked[:4]), asked.slot])
             seen = jnp.tril(jnp.ones((1, len(x), len(x)), bool))
             chunk, _ = self._attend(functools.partial(recall, params), asked, seen, None, None)
             attended = chunk[:, i][:, None]
@@ -187,10 +188,10 @@ class TitansMAC(nnx.Module):
         wide = jnp.promote_types(jnp.float32, x.dtype)
         start = jnp.zeros(b, jnp.int32) if state is None else state.memory.position
         where = positions(start, t, segment_ids) % self.memory.chunk_size
-        asked = self._ask(x, where)
+        asked = self._project(x, where)
         anew = state is None or segment_ids is not None
 
-        def make(recall, kept, count, asked: Asked, piece: ops.Piece) -> ops.Made:
+        def make(recall, kept, count, asked: Projected, piece: ops.Piece) -> ops.Made:
             itself = jnp.eye(piece.pair.shape[-1], dtype=bool)[None]
             attended, new = self._attend(recall, asked, piece.pair | itself, kept, count)
             kept = None if kept is None else _keep(kept, new, asked.slot, piece)
@@ -209,10 +210,10 @@ class TitansMAC(nnx.Module):
         y = self._read_out(_join(attended).astype(x.dtype), _join(recalled).astype(x.dtype))
         return y, MACState(kept, memory)
 
-    def _ask(self, x: Float[Array, "b t d"], slot: Int[Array, "b t"]) -> Asked:
+    def _project(self, x: Float[Array, "b t d"], slot: Int[Array, "b t"]) -> Projected:
         """What needs no memory, laid out [b, t, h, d]."""
         key, value = self.attention.key_value(x)
-        return Asked(
+        return Projected(
             query=self._split(self.attention.query(x)),
             key=key,
             value=value,
@@ -220,7 +221,9 @@ class TitansMAC(nnx.Module):
             slot=slot,
         )
 
-    def _attend(self, recall, asked: Asked, seen: Bool[Array, "b c c"], kept: Kept | None, count):
+    def _attend(
+        self, recall, asked: Projected, seen: Bool[Array, "b c c"], kept: Kept | None, count
+    ):
         """Asks the memory, then attends: y [b, c, d], and what later tokens of the chunk need.
 
         seen: tokens of the piece that each one sees. kept, count: the chunk before it; None: none.

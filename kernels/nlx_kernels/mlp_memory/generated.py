@@ -82,13 +82,13 @@ def generated_memory(
     given, carried = _one_head(inputs, 3), _one_head((state, kept), 2)
     _, given, carried, mark = quarantine(given, given, carried, segment_ids)
     inputs, (state, kept) = _like(given, inputs), _like(carried, (state, kept))
-    recalled, output, state, kept = xla.scan(
+    recalled, output, *after = xla.scan(
         make, inputs, kept, weights=weights, state=state, momentum=momentum,
         chunk_size=chunk_size, read=read, activation=activation, residual=residual, norm=norm,
         clip=clip, bound=bound, segment_ids=segment_ids,
     )  # fmt: skip
-    recalled, (state, kept) = mark(recalled, (state, kept))
-    return recalled, mark(output, ())[0], state, kept
+    recalled, (new_state, new_kept) = mark(recalled, tuple(after))
+    return recalled, mark(output, ())[0], new_state, new_kept
 
 
 def _one_head(tree: Any, axes: int) -> Any:

@@ -165,6 +165,7 @@ def neural_memory(module, x):
 
 
 def numpy_lmm(mixer, x, recalled):
+    mixer = mixer.out
     normed = rms(recalled, array(mixer.norm.scale)).reshape(len(x), 8)
     return normed * silu(x @ array(mixer.gate.kernel)) @ array(mixer.output.kernel)
 
@@ -284,13 +285,7 @@ def test_variants_are_the_paper(name, options):
 def test_neural_memory_is_its_nest():
     """One head, tick by tick, from where the persistent tokens leave it."""
     module, x = make("lmm").long_term, inputs()[:1, :7]
-
-    def op(x):
-        made = {name: stream(x, None, None)[0] for name, stream in module.streams.items()}
-        query, key = (unit_vectors(made[name]) for name in ("query", "key"))
-        association = Association(key, made["value"], **module.memory.gates(x))
-        return (query, association), module.begin()[1], module(x)
-
+    op = lambda x: (module.ask(x, None, None)[0], module.begin()[1], module(x))
     contexts, weights, (recalled, state) = jax.jit(op)(x)
     nest = module.nest()
     start = nest.start({"memory": tuple(w[1] for w in weights)})
