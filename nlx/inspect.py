@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The white box: levels of a model or an optimizer as a table, read off its Levels and Nests."""
 
+import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -13,7 +14,8 @@ from flax import nnx
 from nlx.clock import Clock
 from nlx.level import Level
 from nlx.nest import Nest
-from nlx.nn.model import pretraining
+from nlx.nn.model import LanguageModel, parameter_count, pretraining
+from nlx.nn.presets import ModelConfig
 from nlx.writes import Write
 
 
@@ -28,6 +30,25 @@ class Row(NamedTuple):
     write: str  # the factory in `nlx.writes`, with what it was given
     clock: str
     order: int  # of in-context learning
+
+
+class Size(NamedTuple):
+    """What a language model takes."""
+
+    parameters: int
+    state: int  # bytes of one row
+
+
+def size(config: ModelConfig, tokens: int) -> Size:
+    """Parameters of a model and bytes of one row of its state, without making either.
+
+    tokens: capacity of attention's caches.
+    """
+    repeats = config.layers // len(config.mixers)
+    model, state = nnx.eval_shape(lambda: _start(config, tokens))
+    repeated = parameter_count(model.blocks)
+    kept = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+    return Size(parameter_count(model) + (repeats - 1) * repeated, repeats * kept)
 
 
 def levels(thing: Any, params: Any = None) -> list[Row]:
@@ -80,6 +101,13 @@ def table(rows: Iterable[Row]) -> str:
         for line in cells
     ]
     return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
+
+
+def _start(config: ModelConfig, tokens: int) -> tuple[LanguageModel, Any]:
+    """A model with its pattern of mixers once, and a state of one row."""
+    once = dataclasses.replace(config, layers=len(config.mixers))
+    model = LanguageModel(once, rngs=nnx.Rngs(0))
+    return model, model.init_state(1, tokens)
 
 
 def _of_nest(prefix: str, nest: Nest, unit: str, copies: int, *, in_context: bool) -> list[Row]:

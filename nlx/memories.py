@@ -68,18 +68,23 @@ def linear(dk: int, dv: int) -> Memory:
 
 
 def mlp(
-    sizes: Sequence[int], activation: str | Activation = "gelu", residual: bool = True
+    sizes: Sequence[int],
+    activation: str | Activation = "gelu",
+    residual: bool = True,
+    norm: bool = False,
 ) -> Memory:
     """A deep memory without biases: M(z) = z + act(... act(z W_1) ...) W_L, W_i of shape [in, out].
 
     sizes: channels of the key, of each hidden layer, and of the value: L + 1 integers >= 1.
     activation: "gelu" (tanh form), "silu", or a function of one layer's hidden vector.
     residual: whether z is added to the output; then the first and last size must agree.
+    norm: whether what is added to z is brought to mean 0 and variance 1 first (epsilon 1e-6).
 
     Parameters are a tuple of L matrices, drawn from N(0, 1/in). The directions to erase are the
     unit vectors of each layer's own input, 0 where the input is 0.
     Raises ValueError for any other argument.
-    Source: Behrouz et al. (2025), Nested Learning, eqs. 57 (per layer), 89.
+    Source: Behrouz et al. (2025), Nested Learning, eqs. 57 (per layer), 89;
+    Sun et al. (2024), Learning to (Learn at Test Time), section 2.7 (norm).
     """
     act = _activation(activation)
     _check_sizes("sizes", sizes)
@@ -104,6 +109,7 @@ def mlp(
 
     def read(params: tuple[Float[Array, "i o"], ...], key: Float[Array, " k"]):
         output = layer_inputs(params, key)[-1] @ params[-1]
+        output = _standardised(output) if norm else output
         return key + output if residual else output
 
     def inputs(params: tuple[Float[Array, "i o"], ...], key: Float[Array, " k"]):
@@ -136,6 +142,12 @@ def soft_unit(activation: str | Activation = "gelu") -> Activation:
         return g * jax.lax.rsqrt(jnp.sum(jnp.square(g), -1, keepdims=True) + 0.25)
 
     return soft
+
+
+def _standardised(x: Float[Array, " n"]) -> Float[Array, " n"]:
+    """Mean 0 and variance 1."""
+    x = x - jnp.mean(x)
+    return x * jax.lax.rsqrt(jnp.mean(jnp.square(x)) + 1e-6)
 
 
 def _activation(activation: str | Activation) -> Activation:

@@ -2,10 +2,14 @@
 """The one seam between nlx and its kernels: every op, under one name."""
 
 from nlx_kernels import Implementation as Implementation
+from nlx_kernels import Made as Made
+from nlx_kernels import MemoryTokens as MemoryTokens
 from nlx_kernels import MLPMemoryState as MLPMemoryState
+from nlx_kernels import Piece as Piece
 from nlx_kernels import SelfModifyingParameters as SelfModifyingParameters
 from nlx_kernels import SelfModifyingState as SelfModifyingState
 from nlx_kernels import Streams as Streams
+from nlx_kernels import generated_memory as generated_memory
 from nlx_kernels import linear_memory as linear_memory
 from nlx_kernels import mlp_memory as mlp_memory
 from nlx_kernels import newton_schulz as newton_schulz

@@ -59,13 +59,14 @@ def inspect(argv: list[str]) -> None:
 
 def experiment(argv: list[str]) -> None:
     """Runs a named experiment."""
-    from nlx_experiments import compare_optimizers, demo, demo_check
+    from nlx_experiments import compare_optimizers, demo, demo_check, sizes
 
     experiments = {
         "demo": (demo.Demo, demo.main),
         "demo-check": (demo_check.DemoCheck, demo_check.main),
         "optimizers": (compare_optimizers.CompareOptimizers, compare_optimizers.main),
         "optimizers-tiny": (compare_optimizers.Tiny, compare_optimizers.main),
+        "sizes": (sizes.Sizes, sizes.main),
     }
     name = _first(argv, "run", "EXPERIMENT", default="demo")
     if name not in experiments:

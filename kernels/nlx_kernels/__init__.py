@@ -1,9 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The ops under nlx: fused inner loops, each beside its plain reference. Depends on jax alone."""
 
+from nlx_kernels._chunk import Piece as Piece
 from nlx_kernels._dispatch import Implementation as Implementation
 from nlx_kernels.linear_memory import linear_memory as linear_memory
+from nlx_kernels.mlp_memory import Made as Made
+from nlx_kernels.mlp_memory import MemoryTokens as MemoryTokens
 from nlx_kernels.mlp_memory import MLPMemoryState as MLPMemoryState
+from nlx_kernels.mlp_memory import generated_memory as generated_memory
 from nlx_kernels.mlp_memory import mlp_memory as mlp_memory
 from nlx_kernels.newton_schulz import newton_schulz as newton_schulz
 from nlx_kernels.self_modifying_memory import SelfModifyingParameters as SelfModifyingParameters

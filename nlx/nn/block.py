@@ -7,9 +7,8 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PyTree
 
-from nlx.nn.attention import Attention
 from nlx.nn.cms import CMS
-from nlx.nn.hope import SelfModifying
+from nlx.nn.mixer import Mixer
 from nlx.nn.norm import RMSNorm
 
 
@@ -23,7 +22,7 @@ class BlockState(NamedTuple):
 class Block(nnx.Module):
     """h = x + mixer(RMSNorm(x));  y = feed_forward(h), which has its own norms and residuals."""
 
-    def __init__(self, width: int, mixer: Attention | SelfModifying, feed_forward: CMS):
+    def __init__(self, width: int, mixer: Mixer, feed_forward: CMS):
         """width: channels. mixer, feed_forward: (x, state, segment_ids) -> (y, state)."""
         self.norm = RMSNorm(width)
         self.mixer = mixer

@@ -12,9 +12,11 @@ from jaxtyping import Array, Float, Int
 
 from nlx import ops
 from nlx.nest import Nest
-from nlx.nn.convolution import Convolution, Window
+from nlx.nn.convolution import Window
+from nlx.nn.gate import Gate
 from nlx.nn.linear import Linear, check_sizes, normal, parameter
 from nlx.nn.norm import RMSNorm
+from nlx.nn.stream import Streams, unit
 from nlx.self_modifying import BOXES, self_modifying_nest
 
 STREAMS = ("query", "key", "value", "gate")
@@ -28,23 +30,6 @@ class HopeState(NamedTuple):
 
     windows: dict[str, Window]  # stream -> last inputs of its convolution
     memory: ops.SelfModifyingState
-
-
-class Stream(nnx.Module):
-    """s_t = silu(conv_4(x W)_t), split into heads: the slow part of one projection."""
-
-    def __init__(self, width: int, heads: int, head_dim: int, *, rngs: nnx.Rngs):
-        """width: channels of x. heads, head_dim: of s."""
-        self.heads = heads
-        self.map = Linear(width, heads * head_dim, ("embed", "heads"), rngs=rngs)
-        self.convolution = Convolution(heads * head_dim, rngs=rngs)
-
-    def __call__(
-        self, x: Float[Array, "b t i"], window: Window | None, segment_ids
-    ) -> tuple[Float[Array, "b t h d"], Window]:
-        """window: the convolution's state."""
-        y, window = self.convolution(self.map(x), window, segment_ids)
-        return jax.nn.silu(y).reshape(*x.shape[:2], self.heads, -1), window
 
 
 class Box(nnx.Module):
@@ -111,16 +96,13 @@ class SelfModifying(nnx.Module):
         self.read: Literal["after_write", "chunk_start"] = read
         boxes = (*BOXES, "query") if adaptive_query else BOXES
         sizes = heads, (head_dim := self.head_dim)
-        self.streams = nnx.Dict({s: Stream(width, *sizes, rngs=rngs) for s in STREAMS})
+        self.streams = Streams(width, dict.fromkeys(STREAMS, sizes), rngs=rngs)
         self.boxes = nnx.Dict(
             {box: Box(*sizes, hidden, self._rate_bias(box), rngs=rngs) for box in boxes}
         )
         self.retain_readout = normal(rngs, (heads, head_dim), ("heads", None), head_dim**-0.5)
         self.retain_bias = parameter(jnp.full((heads,), INITIAL_RETAIN), ("heads",))
-        self.momentum = Linear(width, heads, ("embed", "heads"), rngs=rngs) if momentum else None
-        self.momentum_bias = (
-            parameter(jnp.full((heads,), INITIAL_MOMENTUM), ("heads",)) if momentum else None
-        )
+        self.momentum = Gate(width, heads, INITIAL_MOMENTUM, rngs=rngs) if momentum else None
         self.norm = RMSNorm(heads, head_dim, axes=("heads", None))
         self.gate = Linear(width, width, ("embed", "heads"), rngs=rngs)
         self.output = Linear(width, width, ("heads", "embed"), rngs=rngs)
@@ -152,15 +134,12 @@ class SelfModifying(nnx.Module):
         batch: rows. dtype: of x, None for that of the parameters.
         """
         del capacity
-        windows = {
-            name: stream.convolution.init_state(batch, dtype)
-            for name, stream in self.streams.items()
-        }
         memories = self.parameters().memories
         weights = jax.tree.map(lambda w: jnp.broadcast_to(w, (batch, *w.shape)), memories)
         momentum = None if self.momentum is None else jax.tree.map(jnp.zeros_like, weights)
         position = jnp.zeros(batch, jnp.int32)
-        return HopeState(windows, ops.SelfModifyingState(weights, weights, momentum, position))
+        memory = ops.SelfModifyingState(weights, weights, momentum, position)
+        return HopeState(self.streams.init_state(batch, dtype), memory)
 
     def parameters(self) -> ops.SelfModifyingParameters:
         """Where the memories start and the slow read-outs, as the op takes them."""
@@ -186,36 +165,19 @@ class SelfModifying(nnx.Module):
           state: as returned; None: nothing came before.
           segment_ids: a new segment starts from the parameters; see `nlx.nn.segments`.
         """
-        windows = {} if state is None else state.windows
-        made = {
-            name: stream(x, windows.get(name), segment_ids) for name, stream in self.streams.items()
-        }
-        query, key, value, gate = (made[name][0] for name in STREAMS)
+        made, windows = self.streams(x, None if state is None else state.windows, segment_ids)
+        query, key, value, gate = (made[name] for name in STREAMS)
         y, memory = ops.self_modifying_memory(
             ops.Streams(key, value, gate),
-            query if "query" in self.boxes else _unit(query),
+            query if "query" in self.boxes else unit(query),
             parameters=self.parameters(),
             state=None if state is None else state.memory,
             chunk_size=self.chunk_size,
             projection_chunk_size=self.projection_chunk_size,
             read=self.read,
-            momentum=self._momentum(x),
+            momentum=None if self.momentum is None else self.momentum(x),
             erase=self.erase,
             segment_ids=segment_ids,
         )
         y = self.norm(y).reshape(x.shape) * jax.nn.silu(self.gate(x))
-        return self.output(y), HopeState({name: made[name][1] for name in STREAMS}, memory)
-
-    def _momentum(self, x: Float[Array, "b t d"]) -> Float[Array, "b t h"] | None:
-        """Share of the momentum kept: sigmoid(x W_mu + b_mu), at least float32."""
-        if self.momentum is None or self.momentum_bias is None:
-            return None
-        wide = x.astype(jnp.promote_types(jnp.float32, x.dtype))
-        return jax.nn.sigmoid(self.momentum(wide) + self.momentum_bias[...][None, None])
-
-
-def _unit(z: Float[Array, "b t h d"]) -> Float[Array, "b t h d"]:
-    """z / sqrt(|z|^2 + 1e-6); at least float32 inside."""
-    wide = z.astype(jnp.promote_types(jnp.float32, z.dtype))
-    square = jnp.sum(jnp.square(wide), -1, keepdims=True)
-    return (wide * jax.lax.rsqrt(square + 1e-6)).astype(z.dtype)
+        return self.output(y), HopeState(windows, memory)

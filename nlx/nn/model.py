@@ -13,14 +13,13 @@ from nlx import writes
 from nlx.clock import Clock
 from nlx.level import Level
 from nlx.nest import Nest
-from nlx.nn.attention import Attention
 from nlx.nn.block import Block, BlockState
 from nlx.nn.cms import CMS
 from nlx.nn.feedforward import MLP, SwiGLU
-from nlx.nn.hope import SelfModifying
 from nlx.nn.linear import Embedding, Linear
+from nlx.nn.mixer import make_mixer
 from nlx.nn.norm import RMSNorm
-from nlx.nn.presets import ModelConfig
+from nlx.nn.presets import MixerName, ModelConfig
 from nlx.train import language_model_loss
 
 ModelState = tuple[BlockState, ...]
@@ -36,7 +35,8 @@ class LanguageModel(nnx.Module):
         """config: what it is made of; see `preset`. rngs: `nnx.Rngs(seed)`."""
         self.config = config
         self.embedding = Embedding(config.vocabulary, config.width, rngs=rngs)
-        self.blocks = nnx.List([_block(config, rngs) for _ in range(config.layers)])
+        mixers = config.mixers * (config.layers // len(config.mixers))
+        self.blocks = nnx.List([_block(config, mixer, rngs) for mixer in mixers])
         self.norm = RMSNorm(config.width)
         self.readout = (
             None
@@ -83,18 +83,23 @@ class LanguageModel(nnx.Module):
         return scores.astype(jnp.promote_types(jnp.float32, scores.dtype)), after
 
     def _scan_blocks(self, x, state: ModelState | None, segment_ids):
-        """All blocks in order; they are alike, so one is compiled and scanned over the others."""
-        graph, _ = nnx.split(self.blocks[0])
-        stack = lambda *trees: jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
-        parameters = stack(*(nnx.state(block) for block in self.blocks))
-        before = None if state is None else stack(*state)
+        """All blocks in order: those of one pattern are compiled, and scanned over its repeats."""
+        period = len(self.config.mixers)
+        repeats = lambda blocks: [blocks[n::period] for n in range(period)]
+        stack = lambda trees: jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+        graphs = [nnx.split(block)[0] for block in self.blocks[:period]]
+        parameters = [stack([nnx.state(block) for block in b]) for b in repeats(list(self.blocks))]
+        before = [None] * period if state is None else list(map(stack, repeats(state)))
 
-        def body(x, block):
-            own, block_state = block
-            return nnx.merge(graph, own)(x, block_state, segment_ids)
+        def body(x, pattern):
+            after = []
+            for graph, own, block_state in zip(graphs, *pattern, strict=True):
+                x, block_state = nnx.merge(graph, own)(x, block_state, segment_ids)
+                after.append(block_state)
+            return x, after
 
         x, after = jax.lax.scan(body, x, (parameters, before))
-        take = lambda n: jax.tree.map(lambda leaf: leaf[n], after)
+        take = lambda n: jax.tree.map(lambda leaf: leaf[n // period], after[n % period])
         return x, tuple(take(n) for n in range(len(self.blocks)))
 
     def _dtype(self):
@@ -124,31 +129,13 @@ def _check_integers(name: str, value: Any, shape: tuple[int, ...] | None) -> Non
         raise ValueError(f"`{name}` has shape {value.shape}; it must be {must}.")
 
 
-def _block(config: ModelConfig, rngs: nnx.Rngs) -> Block:
-    mixer = _mixer(config, rngs)
+def _block(config: ModelConfig, mixer: MixerName, rngs: nnx.Rngs) -> Block:
     clocks = [Clock(None)]
     if config.feed_forward == "cms":
         clocks = [Clock(period) for period in config.cms_periods]
     mlp = MLP if config.feed_forward == "cms" else SwiGLU
     feed_forward = CMS(config.width, config.hidden, clocks, mlp=mlp, rngs=rngs)
-    return Block(config.width, mixer, feed_forward)
-
-
-def _mixer(config: ModelConfig, rngs: nnx.Rngs) -> Attention | SelfModifying:
-    if config.mixer == "attention":
-        return Attention(config.width, heads=config.heads, kv_heads=config.kv_heads, rngs=rngs)
-    return SelfModifying(
-        config.width,
-        heads=config.heads,
-        hidden=config.memory_hidden,
-        chunk_size=config.chunk_size,
-        projection_chunk_size=config.projection_chunk_size,
-        read=config.read,
-        momentum=config.momentum,
-        erase=config.erase,
-        adaptive_query=config.adaptive_query,
-        rngs=rngs,
-    )
+    return Block(config.width, make_mixer(config, mixer, rngs=rngs), feed_forward)
 
 
 def labels_by_level(model: nnx.Module) -> PyTree[str]:

@@ -140,6 +140,8 @@ BAD = [
     (mlp_memory, dict(chunk_size=2.5), "chunk_size is 2.5; it must be an integer >= 1"),
     (mlp_memory, dict(activation="relu"), "activation is 'relu'; it must be gelu or silu"),
     (mlp_memory, dict(norm="layer"), "norm is 'layer'; it must be True or False"),
+    (mlp_memory, dict(clip=0.0), "clip is 0.0; it must be a number > 0, or None"),
+    (mlp_memory, dict(bound="none"), "bound is 'none'; it must be a number > 0, or None"),
     (mlp_memory, dict(momentum=HALF), "momentum has dtype bfloat16; it must be float32"),
     (self_modifying_memory, dict(x=(TOKEN,) * 3), r"x is \(.*; it must be an array \[b, t, h, d\]"),
     (
@@ -209,3 +211,19 @@ def test_good_states_are_taken():
     call = {name: x for name, x in CALLS[mlp_memory].items() if name != "weights"}
     jax.eval_shape(lambda: mlp_memory(**call, state=STATE, momentum=GATE))
     jax.eval_shape(lambda: self_modifying_memory(**CALLS[self_modifying_memory], state=HOPE_STATE))
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (dict(chunk_size=0), "chunk_size is 0; it must be an integer >= 1"),
+        (dict(weights=None), "weights is None; it must be given without state"),
+        (dict(weights=None, state=STATE), "momentum is None, but state.momentum is not; mo"),
+        (dict(bound=-1.0), "bound is -1.0; it must be a number > 0, or None"),
+        (dict(read="before"), "read is 'before'; it must be after_write or chunk_start"),
+    ],
+)
+def test_generated_memory_says_what_is_wrong(change, sentence):
+    call = dict(weights=LAYERS, momentum=False, chunk_size=2) | change
+    with pytest.raises(ValueError, match=f"^generated_memory: {sentence}"):
+        nlx_kernels.generated_memory(None, TOKEN, None, **call)

@@ -12,11 +12,12 @@ from jax.test_util import check_grads
 from nlx_kernels.mlp_memory import shapes
 
 READS = ("after_write", "chunk_start")
-OPTIONS = ("chunk_size", "read", "activation", "residual", "norm", "implementation")
+OPTIONS = ("chunk_size", "read", "activation", "residual", "norm", "clip", "bound")
 mlp_memory = jax.jit(
     nlx_kernels.mlp_memory,
-    static_argnames=OPTIONS,
+    static_argnames=(*OPTIONS, "implementation"),
 )
+LIMITS = dict(clip=0.5, bound=1.5)  # low enough to be met
 
 
 def tokens(draw, shape, correlation=0.0, momentum=True, erase=True, norm=False):
@@ -180,8 +181,8 @@ def form(gradients, implementation, shape, **options):
         ("whole-64", True, True, {}),
         ("whole-64", False, False, dict(norm=True, activation="silu", read="chunk_start")),
         ("long-chunk-63", False, True, dict(residual=False)),
-        ("online-24", True, True, {}),
-        ("deep-100", True, False, {}),
+        ("online-24", True, True, LIMITS),
+        ("deep-100", True, False, LIMITS),
     ],
 )
 def test_xla_is_the_reference(name, momentum, erase, options, draw, gradients, x64, agree):
@@ -214,6 +215,31 @@ def test_tiny_inputs_of_a_layer_keep_gradients_finite(draw, gradients, agree):
         given = jax.tree.map(lambda x: x.astype(jnp.float32), given)
         for leaf in jax.tree.leaves(xla(given)):
             assert jnp.all(jnp.isfinite(leaf)), length
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("clip", "bound"), [(2.0, 16.0), (None, None)])
+def test_limits_keep_a_deep_memory_finite(clip, bound, draw):
+    """Four layers, 16k tokens, bfloat16, equal keys, nothing forgotten, rates at the limit.
+
+    2 / chunk_size is where a linear memory is on the edge; without limits this one blows up.
+    """
+    shape = shapes.Shape(1, 16 * 1024, 1, 4, (8, 8, 8), 4, 16)
+    weights = jax.tree.map(lambda w: w.astype(jnp.float32), start(draw, shape))
+    key, value = (jnp.broadcast_to(draw.keys(1, 1, 1, 4) * n, (1, shape.t, 1, 4)) for n in (1, 4))
+    one = jnp.ones((1, shape.t, 1), jnp.float32)
+    y, state = mlp_memory(
+        *(x.astype(jnp.bfloat16) for x in (draw.normal(1, shape.t, 1, 4), key, value)),
+        weights=weights,
+        rate=one * 2 / shape.chunk_size,
+        retain=one,
+        momentum=0 * one,
+        chunk_size=shape.chunk_size,
+        clip=clip,
+        bound=bound,
+    )
+    finite = all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves((y, state)))
+    assert finite == (clip is not None)
 
 
 def test_low_precision(draw, gradients, x64, agree):

@@ -56,6 +56,33 @@ def test_a_transformer_learns_in_context_by_attention_alone():
     )
 
 
+@pytest.mark.parametrize(
+    ("mixer", "objective", "write", "clock"),
+    [
+        ("retnet", "dot_product", "gated", "every token"),
+        ("deltanet", "l2", "gated", "every token"),
+        ("gated_deltanet", "dot_product", "gated(erase)", "every token"),
+        ("mamba2", "dot_product", "gated", "every token"),
+        ("ttt_linear", "l2", "gated", "2 tokens"),
+        ("ttt_mlp", "l2", "gated", "2 tokens"),
+    ],
+)
+def test_rivals_are_one_memory_a_head(mixer, objective, write, clock):
+    config = dataclasses.replace(CONFIG, mixer=mixer, feed_forward="swiglu")
+    model = nnx.eval_shape(lambda: nn.LanguageModel(config, rngs=nnx.Rngs(0)))
+    found = {row.name: row for row in nlx.inspect.levels(model)}
+    memory = found["blocks.*.mixer.memory"]
+    assert memory.copies == 2 * 2
+    assert (memory.objective, memory.write, memory.clock) == (objective, write, clock)
+
+
+def test_a_pattern_shows_both_of_its_mixers():
+    config = dataclasses.replace(CONFIG, mixer="mamba2", then=("attention",))
+    model = nnx.eval_shape(lambda: nn.LanguageModel(config, rngs=nnx.Rngs(0)))
+    copies = {row.name: row.copies for row in nlx.inspect.levels(model)}
+    assert copies["blocks.*.mixer.memory"] == copies["blocks.*.mixer"] == 2
+
+
 def test_hope_shows_its_memories_on_their_clocks():
     _, found = rows()
     of = {name.rpartition(".")[2]: row for name, row in found.items() if ".mixer." in name}

@@ -32,6 +32,8 @@ def mlp_memory(
     activation: Literal["gelu", "silu"] = "gelu",
     residual: bool = True,
     norm: bool = False,
+    clip: float | None = None,
+    bound: float | None = None,
     segment_ids: Int[Array, "b t"] | None = None,
     implementation: Implementation | None = None,
     interpret: bool = False,
@@ -39,13 +41,15 @@ def mlp_memory(
     """An MLP memory per head, written at every token, its gradients frozen for a chunk.
 
         M(z) = z + act(.. act(z W_1) W_2 ..) W_L                with norm: z + layernorm(..)
-        g_t  = gradient of 1/2 |M(k_t) - v_t|^2 at the weights of the chunk's start
+        g_t  = gradient of 1/2 |M(k_t) - v_t|^2 at the weights of the chunk's start,
+               per layer scaled back to Frobenius norm `clip`
         P_t  = momentum_t P_{t-1} - rate_t g_t
         W_t  = (retain_t I - erase_t z_t z_t^T) W_{t-1} + P_t                  per layer
         y_t  = M(q_t) at W_t, or at the chunk's start
 
     z_t is the layer's own input at the chunk's start, of unit length (0 where it is 0). A chunk
-    ends where the row's own position is a multiple of `chunk_size`, whatever the calls.
+    ends where the row's own position is a multiple of `chunk_size`, whatever the calls; then every
+    W is scaled back to Frobenius norm `bound`.
 
     Args:
       q: queries, float64, float32 or bfloat16.
@@ -64,6 +68,8 @@ def mlp_memory(
       activation: between the layers; gelu is its tanh form.
       residual: add z to the output.
       norm: normalise the last layer's output to mean 0 and variance 1 (epsilon 1e-6), as TTT.
+      clip: largest Frobenius norm of a token's gradient of one layer, > 0; None: no limit.
+      bound: largest Frobenius norm of a layer at a chunk's end, > 0; None: no limit.
       segment_ids: where the id differs from the previous token's, weights go back to `weights`,
         momentum and position to 0; the first token goes on from `state`.
       implementation: None chooses; a name is obeyed or refused.
@@ -91,6 +97,7 @@ def mlp_memory(
     check.option("activation", activation, tuple(reference.ACTIVATIONS))
     check.option("residual", residual, (True, False))
     check.option("norm", norm, (True, False))
+    clip, bound = check.limit("clip", clip), check.limit("bound", bound)
     if residual and check.sizes["k"] != check.sizes["v"]:
         raise ValueError(
             f"mlp_memory: v has {check.sizes['v']} channels and k {check.sizes['k']}; with "
@@ -106,7 +113,8 @@ def mlp_memory(
     q, written, state, mark = quarantine(q, written, state, segment_ids)
     y, new_state = run(
         q, **written, weights=weights, state=state, chunk_size=chunk_size, read=read,
-        activation=activation, residual=residual, norm=norm, segment_ids=segment_ids,
+        activation=activation, residual=residual, norm=norm, clip=clip, bound=bound,
+        segment_ids=segment_ids,
     )  # fmt: skip
     return mark(y.astype(q.dtype), new_state)
 

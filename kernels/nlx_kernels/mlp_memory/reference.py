@@ -15,7 +15,7 @@ ACTIVATIONS = {"gelu": partial(jax.nn.gelu, approximate=True), "silu": jax.nn.si
 
 def mlp_memory(
     q, k, v, *, weights, state, rate, retain, momentum, erase,
-    chunk_size, read, activation, residual, norm, segment_ids,
+    chunk_size, read, activation, residual, norm, clip, bound, segment_ids,
 ):  # fmt: skip
     """One gradient step of the memory per token; arguments are checked."""
     memory = partial(forward, activation=activation, residual=residual, norm=norm)
@@ -24,7 +24,7 @@ def mlp_memory(
     tokens = jax.tree.map(lambda x: jnp.moveaxis(x, 2, 1).astype(rate.dtype), tokens)
 
     def one(tokens, reset, position, start, leaves) -> Any:
-        token = partial(_token, memory, start, chunk_size, read)
+        token = partial(_token, memory, start, chunk_size, read, clip, bound)
         (position, *leaves), y = jax.lax.scan(token, (position, *leaves), (tokens, reset))
         return y, position, leaves
 
@@ -43,7 +43,7 @@ def fresh(weights, rows, momentum):
     return MLPMemoryState(weights, weights, zeros, jnp.zeros(rows, jnp.int32))
 
 
-def _token(memory, start, chunk_size, read, carry, now):
+def _token(memory, start, chunk_size, read, clip, bound, carry, now):
     """Reads and writes the memory of one head once; `start` is what a new segment starts from."""
     position, weights, boundary, momentum = carry
     (q, k, v, rate, retain, keep, erase), reset = now
@@ -55,7 +55,7 @@ def _token(memory, start, chunk_size, read, carry, now):
     def loss(boundary):
         return 0.5 * jnp.sum((memory(boundary, k)[0] - v) ** 2)
 
-    steps = jax.tree.map(lambda g: -rate * g, jax.grad(loss)(boundary))
+    steps = jax.tree.map(lambda g: -rate * shrink(g, clip), jax.grad(loss)(boundary))
     if momentum is not None:
         momentum = steps = jax.tree.map(lambda p, step: keep * p + step, momentum, steps)
     _, inputs = memory(boundary, k)
@@ -64,7 +64,9 @@ def _token(memory, start, chunk_size, read, carry, now):
     )
     y, _ = memory(weights if read == "after_write" else boundary, q)
     position = position + 1
-    boundary = select(position % chunk_size == 0, weights, boundary)
+    fires = position % chunk_size == 0
+    weights = select(fires, jax.tree.map(lambda w: shrink(w, bound), weights), weights)
+    boundary = select(fires, weights, boundary)
     return (position, weights, boundary, momentum), y
 
 
@@ -86,6 +88,15 @@ def kept(weight, z, retain, erase):
     square = jnp.sum(z**2)
     u = jnp.where(square > 0, z / jnp.sqrt(jnp.where(square > 0, square, 1)), 0)
     return retain * weight - erase * jnp.outer(u, u @ weight)
+
+
+def shrink(matrix, limit):
+    """The matrix, scaled back to Frobenius norm `limit` if it is above (None: as it is)."""
+    if limit is None:
+        return matrix
+    square = jnp.sum(matrix**2)
+    above = square > limit**2
+    return jnp.where(above, matrix * limit / jnp.sqrt(jnp.where(above, square, 1)), matrix)
 
 
 def select(condition, new, old):

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from nlx_kernels._checks import resets
+from nlx_kernels.mlp_memory.reference import shrink
 from nlx_kernels.self_modifying_memory.state import SelfModifyingState
 
 ACTIVATIONS = {"gelu": partial(jax.nn.gelu, approximate=True), "silu": jax.nn.silu}
@@ -119,15 +120,6 @@ def kept(retain, weight, z, erase):
     square = jnp.sum(z**2)
     u = jnp.where(square > 0, z / jnp.sqrt(jnp.where(square > 0, square, 1)), 0)
     return retain * weight - erase * jnp.outer(u, u @ weight)
-
-
-def shrink(matrix, limit):
-    """The matrix, scaled back to Frobenius norm `limit` if it is above (None: as it is)."""
-    if limit is None:
-        return matrix
-    square = jnp.sum(matrix**2)
-    above = square > limit**2
-    return jnp.where(above, matrix * limit / jnp.sqrt(jnp.where(above, square, 1)), matrix)
 
 
 def l2(z):

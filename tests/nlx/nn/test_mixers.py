@@ -11,7 +11,6 @@ from flax import nnx
 from nlx import nn, ops
 from nlx.clock import Clock
 from nlx.level import Association
-from nlx.nn.attention import rotate
 from nlx.self_modifying import Readouts, Token
 
 
@@ -23,44 +22,83 @@ def close(a, b, tolerance=1e-12):
     np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance)
 
 
-def test_attention_is_its_equation(x64):
-    """Four heads of four channels, two of them on each key and value head, in plain NumPy."""
-    attention = nn.Attention(16, heads=4, kv_heads=2, rngs=nnx.Rngs(0))
-    x = random(1, 5, 16)
-    y, state = jax.jit(lambda x: attention(x))(x)
-    assert state is None
-    kernel = lambda part: np.asarray(getattr(attention, part).kernel[...])
-    q, k, v = (np.asarray(x[0]) @ kernel(part) for part in ("query", "key", "value"))
+def rotated(z, position):
+    """Two channel pairs (i, i + 2) turned by position / 10000^(i / 2), as complex numbers."""
+    turned = (z[:2] + 1j * z[2:]) * np.exp(1j * position * 10_000.0 ** (-np.arange(2) / 2))
+    return np.concatenate([turned.real, turned.imag])
 
-    def rotated(z, t):
-        turned = (z[:2] + 1j * z[2:]) * np.exp(1j * t * 10_000.0 ** (-np.arange(2) / 2))
-        return np.concatenate([turned.real, turned.imag])
 
-    heads = np.zeros((5, 16))
+ATTENTIONS = {
+    "whole": (None, 0),
+    "window": (3, 0),
+    "prefix": (None, 2),
+    "window-prefix": (3, 2),
+}
+
+
+@pytest.fixture(params=ATTENTIONS.values(), ids=ATTENTIONS, scope="module")
+def attended(request):
+    """Four heads of four channels, two of them on each key and value head; 7 tokens."""
+    with jax.enable_x64(True):
+        window, n = request.param
+        attention = nn.Attention(16, heads=4, kv_heads=2, window=window, rngs=nnx.Rngs(0))
+        x, prefix = random(1, 7, 16), random(n, 16, seed=1) if n else None
+        y, state = jax.jit(lambda x: attention(x, prefix=prefix))(x)
+        assert state is None
+        kernel = lambda part: np.asarray(getattr(attention, part).kernel[...])
+        q, k, v = (np.asarray(x[0]) @ kernel(part) for part in ("query", "key", "value"))
+        pk, pv = (np.asarray(random(n, 16, seed=1)) @ kernel(part) for part in ("key", "value"))
+        yield attention, y[0], (q, k, v, pk, pv), kernel("output")
+
+
+def visible(attention, made, h, t):
+    """What head h sees at token t: its query, keys and values, a prefix's keys turned with it."""
+    q, k, v, pk, pv = made
+    mine, shared = slice(4 * h, 4 * h + 4), slice(4 * (h // 2), 4 * (h // 2) + 4)
+    seen = range(max(0, t + 1 - (attention.window or 100)), t + 1)
+    keys = [rotated(key, t) for key in pk[:, shared]] + [rotated(k[s, shared], s) for s in seen]
+    return rotated(q[t, mine], t), np.array(keys), np.concatenate([pv[:, shared], v[seen, shared]])
+
+
+def test_attention_is_its_equation(attended, x64):
+    attention, y, made, output = attended
+    heads = np.zeros((7, 16))
     for h in range(4):
-        mine, shared = slice(4 * h, 4 * h + 4), slice(4 * (h // 2), 4 * (h // 2) + 4)
-        for t in range(5):
-            keys = [rotated(k[s, shared], s) for s in range(t + 1)]
-            weights = np.exp([rotated(q[t, mine], t) @ key / 2 for key in keys])
-            heads[t, mine] = weights / weights.sum() @ v[: t + 1, shared]
-    close(y[0], heads @ kernel("output"))
+        for t in range(7):
+            query, keys, values = visible(attention, made, h, t)
+            weights = np.exp(keys @ query / 2)
+            heads[t, 4 * h : 4 * h + 4] = weights / weights.sum() @ values
+    close(y, heads @ output)
 
 
-def test_attention_is_its_level(x64):
+def test_attention_is_its_level(attended, x64):
     """One token's write, from any parameters, is what the head reads: Eq. 62 solved exactly."""
-    attention = nn.Attention(8, heads=2, rngs=nnx.Rngs(0))
-    x = random(1, 5, 8)
-    attention.output.kernel[...] = jnp.eye(8)
-    y, _ = jax.jit(lambda x: attention(x))(x)
-    split = lambda part: rotate(part(x).reshape(1, 5, 2, 4), jnp.arange(5)[None], 10_000.0)[0]
-    values = attention.value(x).reshape(5, 2, 4)
+    attention, y, made, output = attended
     level = attention.level()
-    for head in range(2):
-        lookup = nn.Lookup(
-            split(attention.query)[4, head], split(attention.key)[:, head], values[:, head]
-        )
-        state = level.step(level.start(random(4, seed=9)), lookup)
-        close(state.params, y[0, 4].reshape(2, 4)[head])
+    solved = [
+        level.step(level.start(random(4, seed=9)), nn.Lookup(*visible(attention, made, h, 6)))
+        for h in range(4)
+    ]
+    close(y[6], np.concatenate([state.params for state in solved]) @ output)
+
+
+def test_a_window_streams_without_end(x64):
+    """A ring of constant size, at any length of a call; and how late it is does not matter."""
+    attention = nn.Attention(8, heads=2, window=3, rngs=nnx.Rngs(0))
+    x, prefix = random(2, 12, 8), random(2, 8, seed=1)
+    run = jax.jit(lambda x, state: attention(x, state, prefix=prefix))
+    whole, _ = run(x, None)
+    for length in (1, 2, 5):
+        state = start = attention.init_state(2, capacity=1)
+        pieces = []
+        for n in range(0, 12, length):
+            y, state = run(x[:, n : n + length], state)
+            pieces.append(y)
+        close(jnp.concatenate(pieces, axis=1), whole)
+        assert jax.tree.map(jnp.shape, state) == jax.tree.map(jnp.shape, start)
+    assert state.key.shape == (2, 3, 2, 4)
+    late = state._replace(position=state.position + 3 * 10**8)
+    np.testing.assert_array_equal(run(x[:, :2], late)[0], run(x[:, :2], state)[0])
 
 
 def test_convolution_is_its_level(x64):
@@ -76,8 +114,9 @@ def test_convolution_is_its_level(x64):
     close(state.params, window[0])
 
 
-def test_attention_keeps_only_the_running_segment(x64):
-    attention = nn.Attention(8, heads=2, rngs=nnx.Rngs(0))
+@pytest.mark.parametrize("window", [None, 4])
+def test_attention_keeps_only_the_running_segment(window, x64):
+    attention = nn.Attention(8, heads=2, window=window, rngs=nnx.Rngs(0))
     x = random(2, 9, 8)
     segment_ids = jnp.array([[1] * 3 + [2] * 6, [1] * 7 + [2] * 2])
     run = jax.jit(lambda x, state, segment_ids: attention(x, state, segment_ids))
@@ -273,6 +312,11 @@ def test_hope_without_momentum_and_with_adaptive_queries():
         (lambda r: nn.Attention(6, heads=2, rngs=r), "`width` is 6; it must be a multiple of 2"),
         (lambda r: nn.Attention(8, heads=2, kv_heads=3, rngs=r), "`kv_heads` is 3; it must be a"),
         (lambda r: nn.Attention(8, heads=0, rngs=r), "`heads` is 0; it must be an integer >= 1"),
+        (lambda r: nn.Attention(8, heads=2, window=0, rngs=r), "`window` is 0; it must be an"),
+        (
+            lambda r: nn.Attention(8, heads=2, rngs=r)(random(1, 2, 8), prefix=random(2, 4)),
+            r"`prefix` has shape \(2, 4\); it must be \[n, 8\]",
+        ),
         (lambda r: nn.CMS(4, 0, [Clock(1)], rngs=r), "`size_out` is 0; it must be an integer"),
         (lambda r: nn.CMS(4, 4, [], rngs=r), "`clocks` have the periods"),
         (lambda r: nn.CMS(4, 4, [Clock(4), Clock(1)], rngs=r), "from the shortest to the longest"),

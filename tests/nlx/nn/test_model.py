@@ -1,4 +1,7 @@
-"""The laws of language models, for each architecture, on tiny ones in float64."""
+"""The laws of language models, on tiny ones in float64: two mixers, two feed-forwards, a pattern.
+
+Each mixer alone: test_laws.py.
+"""
 
 from typing import NamedTuple
 
@@ -36,13 +39,15 @@ CONFIGS = {
         hidden=8,
         cms_periods=(1, 3),
     ),
-    "transformer++": nn.ModelConfig(
-        mixer="attention",
+    "samba": nn.ModelConfig(
+        mixer="mamba2",
+        then=("attention",),
         feed_forward="swiglu",
         vocabulary=32,
         width=16,
-        layers=2,
+        layers=4,
         heads=2,
+        window=7,
         hidden=8,
     ),
 }
