@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The continuum memory system: a chain of MLP blocks, each on its own clock."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Literal
 
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from nlx import ops
 from nlx.clock import Clock
 from nlx.nn.feedforward import MLP, SwiGLU
 from nlx.nn.norm import RMSNorm
@@ -21,9 +23,9 @@ class CMSBlock(nnx.Module):
         self.mlp = mlp
         self.clock = clock
 
-    def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
-        """Maps every token alone."""
-        return x + self.mlp(self.norm(x))
+    def weights(self) -> ops.ChainBlock:
+        """As `nlx.ops.cms_chain` takes them."""
+        return ops.ChainBlock(scale=self.norm.scale[...], **self.mlp.weights())
 
 
 class CMS(nnx.Module):
@@ -43,7 +45,7 @@ class CMS(nnx.Module):
         hidden: int,
         clocks: Sequence[Clock],
         *,
-        mlp: Callable[..., MLP | SwiGLU] = MLP,
+        mlp: type[MLP] | type[SwiGLU] = MLP,
         rngs: nnx.Rngs,
     ):
         """Draws the blocks.
@@ -64,6 +66,7 @@ class CMS(nnx.Module):
                 f"`clocks` have the periods {[c.period for c in clocks]}; there must be at least "
                 "one, from the shortest to the longest."
             )
+        self.activation: Literal["gelu", "silu"] = mlp.activation
         self.levels = nnx.List(
             [CMSBlock(width, mlp(width, hidden, rngs=rngs), clock) for clock in clocks]
         )
@@ -83,6 +86,5 @@ class CMS(nnx.Module):
     ) -> tuple[Float[Array, "b t d"], tuple[()] | None]:
         """Maps every token alone; state and segments change nothing."""
         del segment_ids
-        for level in self.levels:
-            x = level(x)
-        return x, state
+        weights = [level.weights() for level in self.levels]
+        return ops.cms_chain(x, weights, activation=self.activation), state
