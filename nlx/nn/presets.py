@@ -5,6 +5,8 @@ import dataclasses
 import difflib
 from typing import Any, Literal, get_args
 
+from nlx.nn.cms import Variant
+
 Mixer = Literal["attention", "self_modifying"]
 FeedForward = Literal["swiglu", "cms"]
 
@@ -31,6 +33,8 @@ class ModelConfig:
     """Hidden units of the SwiGLU, or of each block of the continuum memory system."""
     cms_periods: tuple[int, ...] = (1,)
     """Optimizer steps from one update of a block to the next, fast to slow; one block each."""
+    cms_variant: Variant = "sequential"
+    """How its blocks are put together; nested and independent: see `nlx.nn.CMS`."""
     memory_hidden: int = 32
     """Hidden units of each of Hope's memories."""
     chunk_size: int = 32
