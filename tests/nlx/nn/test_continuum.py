@@ -37,6 +37,8 @@ class Toy(nnx.Module):
         levels = self.cms.levels[-1].blocks if variant == "nested" else self.cms.levels
         for level in levels:
             level.norm.scale[...] += jnp.asarray(0.3 * draw.normal(size=WIDTH))
+        if variant == "independent":
+            self.cms.aggregate[...] = jnp.asarray(draw.uniform(0.5, 1.5, len(clocks)))
 
     def __call__(self, tokens, state=None, segment_ids=None):
         y, _ = self.cms(self.embedding(tokens))
