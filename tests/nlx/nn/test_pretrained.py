@@ -55,13 +55,10 @@ def chunked(model):
     return jnp.concatenate(parts, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mixer", "variant"),
-    [
-        ("attention", "independent"),
-        pytest.param("self_modifying", "nested", marks=pytest.mark.slow),
-        pytest.param("attention", "sequential", marks=pytest.mark.slow),
-    ],
+    [("attention", "independent"), ("self_modifying", "nested"), ("attention", "sequential")],
 )
 def test_a_language_model_in_context_is_a_plain_loop(mixer, variant):
     """Rows one after the other, chunk after chunk, each level with a rule of its own."""
@@ -110,34 +107,36 @@ def test_a_language_model_in_context_is_a_plain_loop(mixer, variant):
         close(of(after.mixers, row), of(state, 0))
 
 
-def test_layers_as_levels_with_rate_0_are_the_given_model_to_the_bit():
-    model = transformer()
-    clocks = [nlx.Clock(1), nlx.Clock(2)]
+def scores_of(model):
+    """Scores of a whole sequence."""
+    graph, params = nnx.split(model)
+    return jax.jit(lambda params: nnx.merge(graph, params)(tokens(2)[:, :-1])[0])(params)
+
+
+def test_layers_as_levels_are_the_given_model_to_the_bit():
+    model, clocks = transformer(), [nlx.Clock(1), nlx.Clock(2)]
     stacked = nn.from_pretrained_mlps(model, clocks)
     assert [block.feed_forward.levels[0].rank for block in stacked.blocks] == [0, 0, 1]
-    assert nn.clocks_by_level(stacked) == {
-        "outer": nlx.Clock(1),
-        "cms_0": clocks[0],
-        "cms_1": clocks[1],
-    }
-    assert set(nn.clocks_by_level(model)) == {"outer"}
-    given = chunked(model)
-    np.testing.assert_array_equal(chunked(stacked), given)
-    scores, after = streamed(stacked, writes.fast(0.0, momentum=0.9))
-    np.testing.assert_array_equal(scores, given)
-    found = {
-        path: leaf
-        for name in ("cms_0", "cms_1")
-        for path, leaf in after.levels[name].params.items()
-    }
-    for path, leaf in jax.tree_util.tree_leaves_with_path(nnx.state(model)):
-        if (own := found.pop(jax.tree_util.keystr(path), None)) is not None:
-            np.testing.assert_array_equal(own[0], leaf)
-            np.testing.assert_array_equal(own[1], leaf)
-    assert not found
+    assert nn.clocks_by_level(stacked) == dict(outer=nlx.Clock(1), cms_0=clocks[0], cms_1=clocks[1])
+    assert list(nn.clocks_by_level(model)) == ["outer"]
+    np.testing.assert_array_equal(scores_of(stacked), scores_of(model))
 
 
-def test_hidden_units_as_levels_with_rate_0_are_the_given_model_up_to_rounding():
+@pytest.mark.slow
+def test_layers_as_levels_with_rate_0_stay_the_given_model_to_the_bit():
+    model, clocks = transformer(), [nlx.Clock(1), nlx.Clock(2)]
+    stacked, given = nn.from_pretrained_mlps(model, clocks), chunked(model)
+    for write in (writes.fast(0.0, momentum=0.9), writes.summed(optax.adam(0.0))):
+        scores, after = streamed(stacked, write)
+        np.testing.assert_array_equal(scores, given)
+        found = after.levels["cms_0"].params | after.levels["cms_1"].params
+        for path, leaf in jax.tree_util.tree_leaves_with_path(nnx.state(model)):
+            if (own := found.pop(jax.tree_util.keystr(path), None)) is not None:
+                np.testing.assert_array_equal(own, jnp.stack([leaf, leaf]))
+        assert not found
+
+
+def test_hidden_units_as_levels_are_the_given_model_up_to_rounding():
     model = transformer()
     for block in model.blocks:
         scale = block.feed_forward.levels[0].norm.scale
@@ -146,17 +145,19 @@ def test_hidden_units_as_levels_with_rate_0_are_the_given_model_up_to_rounding()
     cms = split.blocks[0].feed_forward
     assert cms.variant == "independent"
     assert [level.mlp.up.kernel.shape[1] for level in cms.levels] == [3, 4]
-    scores, _ = streamed(split, writes.summed(optax.sgd(0.0)))
-    close(scores, chunked(model), 1e-12)
+    close(scores_of(split), scores_of(model), 1e-12)
 
 
-def test_levels_of_a_trained_model_learn_at_their_rate():
+@pytest.mark.slow
+@pytest.mark.parametrize("split", [False, True])
+def test_levels_of_a_trained_model_learn_at_their_rate(split):
     clocks = [nlx.Clock(1), nlx.Clock(4), nlx.Clock(None)]
-    stacked = nn.from_pretrained_mlps(transformer(), clocks)
+    stacked = nn.from_pretrained_mlps(transformer(), clocks, split=split)
     assert list(nn.clocks_by_level(stacked)) == ["outer", "cms_0", "cms_1"]
-    scores, after = streamed(stacked, writes.summed(optax.sgd(0.5)))
-    given = chunked(transformer())
-    apart = jnp.abs(scores - given).max((0, 2))
+    still, _ = streamed(stacked, writes.fast(0.0))
+    scores, _ = streamed(stacked, writes.summed(optax.sgd(0.5)))
+    close(still, chunked(transformer()), 1e-12)
+    apart = jnp.abs(scores - still).max((0, 2))
     assert jnp.all(apart[:CHUNK] < 1e-12)
     assert jnp.all(apart[CHUNK:] > 1e-4)
 

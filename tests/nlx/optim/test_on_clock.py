@@ -147,6 +147,6 @@ def test_bad_arguments():
         on_clock(optax.sgd(0.1), Clock(4), reduce="max")
     with pytest.raises(ValueError, match="`firings` must be an integer >= 1, got 0"):
         on_clock(optax.sgd(0.1), Clock(4), restart=0)
-    tx = on_clock(optax.sgd(0.1), Clock(4), restart=2)
+    tx, ones = on_clock(optax.sgd(0.1), Clock(4), restart=2), jnp.ones(2)
     with pytest.raises(ValueError, match="`params` is None; with `restart` it must be the"):
-        tx.update(PARAMS, tx.init(PARAMS))
+        tx.update(ones, tx.init(ones))
