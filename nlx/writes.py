@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
+from nlx import ops
+
 
 class Write(NamedTuple):
     """How a level turns gradients, taken at its visible parameters, into new parameters.
@@ -35,6 +37,13 @@ class Pending(NamedTuple):
     total: PyTree[Array]  # sum of the gradients since the last firing
     ticks: Int[Array, ""]  # how many
     rule: PyTree  # state of the optax rule
+
+
+class Restarted(NamedTuple):
+    """Carry of `restarted`."""
+
+    carry: Any  # of the write inside
+    firings: Int[Array, ""]  # since it last began anew
 
 
 class Working(NamedTuple):
@@ -81,6 +90,82 @@ def summed(rule: optax.GradientTransformation, reduce: Literal["mean", "sum"] = 
         return optax.apply_updates(params, updates), Pending(total, ticks, state)
 
     return Write(init, tick, fire, block)
+
+
+def fast(rate: float, momentum: float | None = None, decay: float = 0.0) -> Write:
+    """Collects gradients g_t and at a firing descends along their mean: `nlx.ops.fast_update`.
+
+    P <- momentum P + mean_t g_t ;  W <- W - rate (P + decay W), over the ticks since the last one.
+
+    rate: learning rate, >= 0. momentum: share of P kept, in [0, 1]; None: no P. decay: >= 0.
+    It is `summed` with heavy ball and decay as its rule. Its carry is an `nlx.ops.FastCarry`.
+    Source: Behrouz et al. (2025), Nested Learning, eqs. 33, 71.
+    """
+
+    def update(params, carry, gradient, ticks, fires):
+        row = lambda tree: jax.tree.map(lambda x: x[None], tree)
+        after = ops.fast_update(
+            row(params), row(carry), row(gradient), ticks=ticks, fires=fires,
+            rate=rate, momentum=momentum, decay=decay,
+        )  # fmt: skip
+        return jax.tree.map(lambda x: x[0], after)
+
+    def init(params):
+        return update(params, None, jax.tree.map(jnp.zeros_like, params), 0, False)[1]
+
+    def tick(params, carry, gradient, context):
+        del context
+        return update(params, carry, gradient, 1, False)[1]
+
+    def block(params, carry, pull, contexts, mask: Bool[Array, " t"]):
+        del contexts
+        return update(params, carry, pull(mask), jnp.sum(mask, dtype=jnp.int32), False)[1]
+
+    def fire(params, carry):
+        return update(params, carry, jax.tree.map(jnp.zeros_like, params), 0, True)
+
+    return Write(init, tick, fire, block)
+
+
+def restarted(write: Write, firings: int, origin: Callable[[Any], Any] | None = None) -> Write:
+    """A write that begins anew at every so manieth firing: the slower context has ended.
+
+    W <- origin(W) with a fresh carry at every `firings`-th firing, else as `write` has it.
+
+    write: the write inside. firings: integer >= 1; raises ValueError otherwise.
+    origin: where W begins anew; None: 0, for levels whose W is what they add to an initial state
+        that a slower level learns.
+    Source: Behrouz et al. (2025), Nested Learning, eq. 72: after ceil(C_s / C_{s+1}) steps.
+    """
+    if not isinstance(firings, int) or isinstance(firings, bool) or firings < 1:
+        raise ValueError(f"`firings` must be an integer >= 1, got {firings!r}.")
+    block, view = write.block, write.view
+    zeros = lambda params: jax.tree.map(jnp.zeros_like, params)
+
+    def init(params):
+        return Restarted(write.init(params), jnp.zeros((), jnp.int32))
+
+    def tick(params, carry: Restarted, gradient, context):
+        return carry._replace(carry=write.tick(params, carry.carry, gradient, context))
+
+    def fire(params, carry: Restarted):
+        params, inner = write.fire(params, carry.carry)
+        count = (carry.firings + 1) % firings
+        anew = (zeros if origin is None else origin)(params), write.init(zeros(params))
+        params, inner = jax.tree.map(
+            lambda a, b: jnp.where(count == 0, a, b), anew, (params, inner)
+        )
+        return params, Restarted(inner, count)
+
+    def in_block(params, carry: Restarted, pull, contexts, mask):
+        assert block is not None
+        return carry._replace(carry=block(params, carry.carry, pull, contexts, mask))
+
+    def working(params, carry: Restarted):
+        assert view is not None
+        return view(params, carry.carry)
+
+    return Write(init, tick, fire, block and in_block, view and working)
 
 
 def gated(

@@ -31,6 +31,7 @@ CHUNK, SOLVE = "kernels/nlx_kernels/_chunk.py", "kernels/nlx_kernels/_solve.py"
 WINDOWS = "kernels/nlx_kernels/_windows.py"
 HOPE = "kernels/nlx_kernels/self_modifying_memory/xla.py"
 OF_MLP, OF_HOPE = "kernels/test_mlp_memory.py", "kernels/test_self_modifying_memory.py"
+CMS, STREAM, OF_CMS = "nlx/nn/cms.py", "nlx/nn/continuum.py", "nlx/nn/test_continuum.py"
 
 MUTATIONS = (
     Mutation(
@@ -216,6 +217,62 @@ MUTATIONS = (
         "name if m == p else None",
         "None",
         "nlx/optim/test_sharding.py",
+    ),
+    Mutation(
+        "the restart of a nested level",
+        "nlx/writes.py",
+        "jnp.where(count == 0, a, b), anew",
+        "jnp.where(count < 0, a, b), anew",
+        OF_CMS,
+    ),
+    Mutation(
+        "what slower levels learned of where a block starts",
+        CMS,
+        "*[level[n] for level in shares[n:]]",
+        "*[level[n] for level in (shares[n], shares[-1])][: len(shares) - n]",
+        OF_CMS,
+    ),
+    Mutation(
+        "the weights of the independent variant's sum",
+        CMS,
+        "[w * block.down for w",
+        "[block.down for w",
+        OF_CMS,
+    ),
+    Mutation(
+        "the successor of a chunk's last token",
+        STREAM,
+        "cut(tokens[:, 1:])",
+        "cut(tokens[:, :-1])",
+        OF_CMS,
+    ),
+    Mutation(
+        "the clocks of the levels in context",
+        STREAM,
+        "None, own, by_name[name])",
+        "None, own, Clock(1))",
+        OF_CMS,
+    ),
+    Mutation(
+        "the cut of outer gradients at a window's end",
+        STREAM,
+        "jax.tree.map(_as_if, first[name], params)",
+        "params",
+        OF_CMS,
+    ),
+    Mutation(
+        "the momentum of fast_update",
+        "kernels/nlx_kernels/fast_update/xla.py",
+        "step = wide(momentum) * buffer + step",
+        "step = wide(momentum) * step + step",
+        "kernels/test_fast_update.py",
+    ),
+    Mutation(
+        "the residual of the chain",
+        "kernels/nlx_kernels/cms_chain/xla.py",
+        "x = x + hidden @ down",
+        "x = hidden @ down",
+        "kernels/test_cms_chain.py",
     ),
 )
 

@@ -57,7 +57,7 @@ def make(config: TrainConfig) -> Learner:
     """The functions of `nlx train` for a configuration."""
     shapes = abstract(config)
     labels, clocks = nn.labels_by_level(shapes), nn.clocks_by_level(shapes)
-    rule = optimizers.make(config, labels, clocks)
+    rule = optimizers.make(config, labels, clocks, nn.restarts_by_level(shapes))
     graph = nnx.graphdef(shapes)
     advance = train.make_train_step(train.language_model_loss(graph), rule, labels)
 

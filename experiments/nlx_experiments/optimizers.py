@@ -14,7 +14,10 @@ from nlx_experiments.config import TrainConfig
 
 
 def make(
-    config: TrainConfig, labels: PyTree[str], clocks: Mapping[str, Clock]
+    config: TrainConfig,
+    labels: PyTree[str],
+    clocks: Mapping[str, Clock],
+    restarts: Mapping[str, int],
 ) -> optax.GradientTransformation:
     """Clips by the global norm, then lets each level learn on its own clock.
 
@@ -22,21 +25,24 @@ def make(
       config: rule and hyper-parameters.
       labels: the level of every parameter.
       clocks: level -> its clock, in steps; a level fires with the mean gradient of its period.
+      restarts: level -> firings after which it begins anew, where it does.
     """
 
-    def rule(period: int) -> optax.GradientTransformation:
-        rate = learning_rate(config, period)
+    def rule(rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
         matrices = lambda params: jax.tree.map(lambda p: p.ndim >= 2, params)
         if config.optimizer == "adamw":
             return optax.adamw(rate, b2=0.99, weight_decay=config.weight_decay, mask=matrices)
         return optim.dmgd(rate, weight_decay=config.weight_decay, mask=matrices)
 
-    def level(clock: Clock) -> optax.GradientTransformation:
+    def level(name: str, clock: Clock) -> optax.GradientTransformation:
+        if name in restarts:  # the rate goes by steps: it does not begin anew with the rule
+            anew = lambda rate: optim.on_clock(rule(rate), clock, restart=restarts[name])
+            return optax.inject_hyperparams(anew)(rate=learning_rate(config))
         if clock == Clock(1):
-            return rule(1)
-        return optim.on_clock(rule(clock.period or 1), clock)
+            return rule(learning_rate(config))
+        return optim.on_clock(rule(learning_rate(config, clock.period or 1)), clock)
 
-    levels: dict[Hashable, Any] = {name: level(clock) for name, clock in clocks.items()}
+    levels: dict[Hashable, Any] = {name: level(name, clock) for name, clock in clocks.items()}
     return optax.chain(optax.clip_by_global_norm(config.clip), optax.partition(levels, labels))
 
 

@@ -3,6 +3,10 @@
 
 from nlx_kernels._chunk import Piece as Piece
 from nlx_kernels._dispatch import Implementation as Implementation
+from nlx_kernels.cms_chain import ChainBlock as ChainBlock
+from nlx_kernels.cms_chain import cms_chain as cms_chain
+from nlx_kernels.fast_update import FastCarry as FastCarry
+from nlx_kernels.fast_update import fast_update as fast_update
 from nlx_kernels.linear_memory import linear_memory as linear_memory
 from nlx_kernels.mlp_memory import Made as Made
 from nlx_kernels.mlp_memory import MemoryTokens as MemoryTokens

@@ -11,6 +11,12 @@ from nlx.nn.attention import Lookup as Lookup
 from nlx.nn.block import Block as Block
 from nlx.nn.block import BlockState as BlockState
 from nlx.nn.cms import CMS as CMS
+from nlx.nn.cms import Variant as Variant
+from nlx.nn.continuum import Chunk as Chunk
+from nlx.nn.continuum import StreamState as StreamState
+from nlx.nn.continuum import begin as begin
+from nlx.nn.continuum import in_context as in_context
+from nlx.nn.continuum import stream as stream
 from nlx.nn.convolution import Convolution as Convolution
 from nlx.nn.deltanet import DeltaNet as DeltaNet
 from nlx.nn.deltanet import GatedDeltaNet as GatedDeltaNet
@@ -26,12 +32,14 @@ from nlx.nn.model import clocks_by_level as clocks_by_level
 from nlx.nn.model import labels_by_level as labels_by_level
 from nlx.nn.model import parameter_count as parameter_count
 from nlx.nn.model import pretraining as pretraining
+from nlx.nn.model import restarts_by_level as restarts_by_level
 from nlx.nn.neural_memory import NeuralMemory as NeuralMemory
 from nlx.nn.neural_memory import NeuralMemoryState as NeuralMemoryState
 from nlx.nn.norm import RMSNorm as RMSNorm
 from nlx.nn.presets import PRESETS as PRESETS
 from nlx.nn.presets import ModelConfig as ModelConfig
 from nlx.nn.presets import preset as preset
+from nlx.nn.pretrained import from_pretrained_mlps as from_pretrained_mlps
 from nlx.nn.retnet import RetNet as RetNet
 from nlx.nn.titans import TitansLMM as TitansLMM
 from nlx.nn.titans import TitansMAG as TitansMAG

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Position-wise multi-layer perceptrons."""
 
+from typing import Literal
+
 import jax
 from flax import nnx
 from jaxtyping import Array, Float
@@ -11,6 +13,8 @@ from nlx.nn.linear import Linear
 class MLP(nnx.Module):
     """y = gelu(x W_1) W_2, gelu in its tanh form: one block of a continuum memory system."""
 
+    activation: Literal["gelu", "silu"] = "gelu"
+
     def __init__(self, width: int, hidden: int, *, rngs: nnx.Rngs):
         """width: channels of x and y. hidden: hidden units."""
         self.up = Linear(width, hidden, ("embed", "mlp"), rngs=rngs)
@@ -20,12 +24,18 @@ class MLP(nnx.Module):
         """Maps every token alone."""
         return self.down(jax.nn.gelu(self.up(x), approximate=True))
 
+    def weights(self) -> dict[str, Float[Array, "i o"]]:
+        """As `nlx.ops.ChainBlock` names them."""
+        return dict(up=self.up.kernel[...], down=self.down.kernel[...])
+
 
 class SwiGLU(nnx.Module):
     """y = (silu(x W_gate) * x W_up) W_down.
 
     Source: Shazeer (2020), GLU Variants Improve Transformer, Eq. 6.
     """
+
+    activation: Literal["gelu", "silu"] = "silu"
 
     def __init__(self, width: int, hidden: int, *, rngs: nnx.Rngs):
         """width: channels of x and y. hidden: hidden units."""
@@ -36,3 +46,8 @@ class SwiGLU(nnx.Module):
     def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
         """Maps every token alone."""
         return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+
+    def weights(self) -> dict[str, Float[Array, "i o"]]:
+        """As `nlx.ops.ChainBlock` names them."""
+        gate, up, down = (part.kernel[...] for part in (self.gate, self.up, self.down))
+        return dict(gate=gate, up=up, down=down)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Language models: tokens and a state in, scores of the next token and a state out."""
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -21,6 +22,7 @@ from nlx.nn.mixer import make_mixer
 from nlx.nn.norm import RMSNorm
 from nlx.nn.presets import MixerName, ModelConfig
 from nlx.train import language_model_loss
+from nlx.writes import Write
 
 ModelState = tuple[BlockState, ...]
 
@@ -134,17 +136,18 @@ def _block(config: ModelConfig, mixer: MixerName, rngs: nnx.Rngs) -> Block:
     if config.feed_forward == "cms":
         clocks = [Clock(period) for period in config.cms_periods]
     mlp = MLP if config.feed_forward == "cms" else SwiGLU
-    feed_forward = CMS(config.width, config.hidden, clocks, mlp=mlp, rngs=rngs)
+    variant = config.cms_variant if config.feed_forward == "cms" else "sequential"
+    feed_forward = CMS(config.width, config.hidden, clocks, mlp=mlp, variant=variant, rngs=rngs)
     return Block(config.width, make_mixer(config, mixer, rngs=rngs), feed_forward)
 
 
 def labels_by_level(model: nnx.Module) -> PyTree[str]:
     """The level of every parameter, in the structure of `nnx.split(model)[1]`.
 
-    "cms_<l>" for the blocks of a continuum memory system that have a clock of their own, l = 0 the
-    fastest, and "outer" for all else: for `optax.partition`.
+    "cms_<l>" for what the levels of continuum memory systems with a clock of their own hold, l = 0
+    the fastest, and "outer" for all else: for `optax.partition`.
     """
-    levels = {path + ("levels", n): f"cms_{n}" for path, n, _ in _clocked(model)}
+    levels = {path: f"cms_{level.rank}" for path, level in _clocked(model)}
 
     def label(path, variable):
         own = [name for start, name in levels.items() if path[: len(start)] == start]
@@ -155,7 +158,29 @@ def labels_by_level(model: nnx.Module) -> PyTree[str]:
 
 def clocks_by_level(model: nnx.Module) -> dict[str, Clock]:
     """The clock of every label of `labels_by_level`, in steps of the optimizer."""
-    return {"outer": Clock(1)} | {f"cms_{n}": clock for _, n, clock in _clocked(model)}
+    inner = sorted({level.rank: level.clock for _, level in _clocked(model)}.items())
+    return {"outer": Clock(1)} | {f"cms_{rank}": clock for rank, clock in inner}
+
+
+def restarts_by_level(
+    model: nnx.Module, clocks: Mapping[str, Clock] | None = None
+) -> dict[str, int]:
+    """After how many firings the levels of nested continuum memory systems begin anew, by label.
+
+    ceil(C_{l+1} / C_l) for level l, the slowest and "outer" left out; no other levels restart.
+
+    clocks: of the labels, where others than the model's own count.
+    Source: Behrouz et al. (2025), Nested Learning, Eq. 72.
+    """
+    clocks = clocks_by_level(model) if clocks is None else clocks
+    systems = (m for _, m in nnx.iter_modules(model) if isinstance(m, CMS))
+    nested = [[level.rank for level in m.levels] for m in systems if m.variant == "nested"]
+    period = lambda rank: clocks[f"cms_{rank}"].period or 1
+    return {
+        f"cms_{fast}": -(-period(slow) // period(fast))
+        for ranks in nested
+        for fast, slow in zip(ranks[:-1], ranks[1:], strict=True)
+    }
 
 
 def pretraining(model: nnx.Module, rule: optax.GradientTransformation) -> Nest:
@@ -168,25 +193,43 @@ def pretraining(model: nnx.Module, rule: optax.GradientTransformation) -> Nest:
 
     rule: of every level, an optax transformation.
     """
-    graphdef, params = nnx.split(model)
-    task = language_model_loss(graphdef)
-    placed, tree = jax.tree_util.tree_flatten_with_path(params)
-    paths = [jax.tree_util.keystr(path) for path, _ in placed]
-    labels = jax.tree.leaves(labels_by_level(model))
-
-    def part(label: str) -> dict[str, Array]:
-        mine = zip(paths, placed, labels, strict=True)
-        return {path: leaf for path, (_, leaf), level in mine if level == label}
+    graphdef, parts, join = by_level(model)
+    task, restarts = language_model_loss(graphdef), restarts_by_level(model)
 
     def next_token_loss(params_by_name, batch):
-        whole = {path: leaf for part in params_by_name.values() for path, leaf in part.items()}
-        return task(jax.tree.unflatten(tree, [whole[path] for path in paths]), batch)
+        return task(join(params_by_name), batch)
+
+    def write(label: str) -> Write:
+        own = writes.summed(rule)
+        return writes.restarted(own, restarts[label]) if label in restarts else own
 
     levels = {
-        label: Level(lambda key, label=label: part(label), None, writes.summed(rule), clock)
+        label: Level(lambda key, label=label: parts[label], None, write(label), clock)
         for label, clock in clocks_by_level(model).items()
     }
     return Nest(levels, lambda params, batch: (next_token_loss(params, batch), {}), next_token_loss)
+
+
+def by_level(
+    model: nnx.Module,
+) -> tuple[nnx.GraphDef, dict[str, dict[str, Array]], Callable[[Mapping], nnx.State]]:
+    """A model as levels: its graph, {label: {path: parameter}}, and back to one tree of parameters.
+
+    Labels are those of `labels_by_level`; the last part joins what the second has, or had later.
+    """
+    graphdef, params = nnx.split(model)
+    placed, tree = jax.tree_util.tree_flatten_with_path(params)
+    paths = [jax.tree_util.keystr(path) for path, _ in placed]
+    parts: dict[str, dict[str, Array]] = {label: {} for label in clocks_by_level(model)}
+    labels = jax.tree.leaves(labels_by_level(model))
+    for path, (_, leaf), label in zip(paths, placed, labels, strict=True):
+        parts[label][path] = leaf
+
+    def join(parts: Mapping[str, Mapping[str, Array]]) -> nnx.State:
+        whole = {path: leaf for part in parts.values() for path, leaf in part.items()}
+        return jax.tree.unflatten(tree, [whole[path] for path in paths])
+
+    return graphdef, parts, join
 
 
 def parameter_count(model: nnx.Module) -> int:
@@ -194,10 +237,10 @@ def parameter_count(model: nnx.Module) -> int:
     return sum(p.size for p in jax.tree.leaves(nnx.state(model, nnx.Param)))
 
 
-def _clocked(model):
-    """(path, index, clock) of every block of a continuum memory system with a clock of its own."""
+def _clocked(model: nnx.Module) -> list[tuple[tuple, Any]]:
+    """(path, level) of every level of a continuum memory system with a clock of its own."""
     return [
-        (path, n, level.clock)
+        ((*path, "levels", n), level)
         for path, module in nnx.iter_modules(model)
         if isinstance(module, CMS)
         for n, level in enumerate(module.levels)

@@ -5,6 +5,8 @@ import dataclasses
 import difflib
 from typing import Any, Literal, get_args
 
+from nlx.nn.cms import Variant
+
 MixerName = Literal[
     "attention",
     "retnet",
@@ -50,6 +52,8 @@ class ModelConfig:
     """Hidden units of the SwiGLU, or of each block of the continuum memory system."""
     cms_periods: tuple[int, ...] = (1,)
     """Optimizer steps from one update of a block to the next, fast to slow; one block each."""
+    cms_variant: Variant = "sequential"
+    """How its blocks are put together; nested and independent: see `nlx.nn.CMS`."""
     memory_hidden: int = 32
     """Hidden units of each memory of Hope and Titans."""
     memory_depth: int = 2

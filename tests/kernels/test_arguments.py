@@ -7,7 +7,13 @@ import jax
 import jax.numpy as jnp
 import nlx_kernels
 import pytest
-from nlx_kernels import linear_memory, mlp_memory, self_modifying_memory
+from nlx_kernels import (
+    cms_chain,
+    fast_update,
+    linear_memory,
+    mlp_memory,
+    self_modifying_memory,
+)
 from nlx_kernels._dispatch import choose
 
 TOKEN, GATE = jnp.zeros((2, 5, 3, 4)), jnp.zeros((2, 5, 3))
@@ -28,7 +34,18 @@ HOPE_STATE = nlx_kernels.SelfModifyingState(
     momentum=None,
     position=jnp.zeros(2, jnp.int32),
 )
+X = TOKEN[:, :, 0]
+BLOCK = nlx_kernels.ChainBlock(jnp.ones(4), jnp.zeros((4, 6)), jnp.zeros((6, 4)))
+CARRY = nlx_kernels.FastCarry((jnp.zeros((2, 4)),), jnp.zeros(2, jnp.int32), None)
 CALLS = {
+    cms_chain: dict(x=X, weights=(BLOCK,)),
+    fast_update: dict(
+        weights=(jnp.zeros((2, 4)),),
+        carry=CARRY,
+        gradient=(jnp.ones((2, 4)),),
+        fires=jnp.array([True, False]),
+        rate=0.1,
+    ),
     linear_memory: dict(q=TOKEN, k=TOKEN, v=TOKEN, retain=GATE, erase=GATE, rate=GATE),
     mlp_memory: dict(
         q=TOKEN, k=TOKEN, v=TOKEN, weights=LAYERS, rate=GATE, retain=GATE, chunk_size=2
@@ -84,6 +101,42 @@ def test_every_op_runs_what_it_is_told_to(op):
 # One sentence for each bad argument
 
 BAD = [
+    (cms_chain, dict(x=TOKEN), r"x has shape \(2, 5, 3, 4\); it must be \[b, t, d\]"),
+    (cms_chain, dict(weights=()), "weights is a tuple of 0; it must be a tuple of one or more Cha"),
+    (cms_chain, dict(weights=BLOCK), "weights is a ChainBlock; it must be a tuple of one or more"),
+    (cms_chain, dict(weights=(LAYERS,)), r"weights\[0\] is a tuple; it must be a ChainBlock"),
+    (
+        cms_chain,
+        dict(weights=(BLOCK, BLOCK._replace(down=jnp.zeros((5, 4))))),
+        r"weights\[1\].down has shape \(5, 4\); it must be \[f1, d\] with f1=6, d=4",
+    ),
+    (
+        cms_chain,
+        dict(weights=(BLOCK._replace(up=jnp.zeros((2, 4, 6))),)),
+        r"weights\[0\].scale has shape \(4,\); it must be \[b, d\] with b=2, d=4",
+    ),
+    (cms_chain, dict(activation="relu"), "activation is 'relu'; it must be gelu or silu"),
+    (fast_update, dict(weights=()), r"weights has the shapes \[\]; it must be one or more arrays"),
+    (fast_update, dict(weights=(X, GATE[0])), r"weights has the shapes \[.*\[b, ...\] with one b"),
+    (fast_update, dict(weights=(X.astype(int),)), r"weights has the dtypes \['int32'\]; it must b"),
+    (fast_update, dict(carry=()), "carry is a tuple; it must be a FastCarry"),
+    (
+        fast_update,
+        dict(gradient=(jnp.ones((2, 3)),)),
+        r"gradient is \('float32\[2, 3\]',\); it must be \('float32\[2, 4\]',\)",
+    ),
+    (
+        fast_update,
+        dict(momentum=0.9),
+        r"carry.momentum is None; it must be \('float32\[2, 4\]',\)",
+    ),
+    (
+        fast_update,
+        dict(carry=CARRY._replace(ticks=jnp.zeros(3, jnp.int32))),
+        r"carry.ticks is int32\[3\]; it must be int32\[2\]",
+    ),
+    (fast_update, dict(fires=1), r"fires is int32\[\]; it must be one bool, or \[b\] with b=2"),
+    (fast_update, dict(rate=jnp.ones(3)), r"rate is float32\[3\]; it must be one floating number"),
     (linear_memory, dict(q=TOKEN[0]), r"q has shape \(5, 3, 4\); it must be \[b, t, h, k\]"),
     (linear_memory, dict(q=TOKEN[:, :0]), r"q has shape \(2, 0, 3, 4\); it must .* no axis empty"),
     (linear_memory, dict(q="text"), r"q is 'text'; it must be an array \[b, t, h, k\]"),

@@ -59,6 +59,60 @@ def test_summed_mean_is_multi_steps(x64):
         np.testing.assert_allclose(params, expected, rtol=1e-9)
 
 
+@pytest.mark.parametrize("momentum", [0.7, None])
+def test_fast_is_heavy_ball_and_decay_summed(x64, momentum):
+    """Ticks, blocks and firings, the carry too."""
+    trace = optax.identity() if momentum is None else optax.trace(momentum)
+    rule = optax.chain(trace, optax.add_decayed_weights(0.2), optax.scale_by_learning_rate(0.3))
+    fast, plain = writes.fast(0.3, momentum, decay=0.2), writes.summed(rule)
+    params = expected = {"w": normal(0, 3, 2), "b": normal(1, 2)}
+    carry, pending = fast.init(params), plain.init(params)
+    for t in range(6):
+        gradients = {"w": normal(2 + t, 3, 3, 2), "b": normal(9 + t, 3, 2)}
+        if t % 2:
+            pull = lambda weights, g=gradients: jax.tree.map(
+                lambda x: jnp.tensordot(weights.astype(x.dtype), x, 1), g
+            )
+            mask = jnp.arange(3) < t - 1
+            carry = fast.block(params, carry, pull, None, mask)
+            pending = plain.block(expected, pending, pull, None, mask)
+        else:
+            first = jax.tree.map(lambda x: x[0], gradients)
+            carry = fast.tick(params, carry, first, None)
+            pending = plain.tick(expected, pending, first, None)
+        assert carry.ticks == pending.ticks
+        if t % 3 == 2:
+            params, carry = fast.fire(params, carry)
+            expected, pending = plain.fire(expected, pending)
+        close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-14)
+        jax.tree.map(close, (params, carry.total), (expected, pending.total))
+    if momentum is not None:
+        jax.tree.map(close, carry.momentum, pending.rule[0].trace)
+
+
+@pytest.mark.parametrize("inside", [writes.summed(optax.adam(0.1)), writes.gated()])
+def test_restarted_begins_anew_after_so_many_firings(x64, inside):
+    """Two episodes of three firings are one episode, twice."""
+    write = writes.restarted(inside, 3)
+    assert (write.view is None) == (inside.view is None)
+    seen = []
+    params, carry = (start := jnp.zeros((3, 2))), write.init(jnp.zeros((3, 2)))
+    for t in range(12):
+        carry = write.tick(params, carry, normal(t % 6, 3, 2), None)
+        if t % 2:
+            params, carry = write.fire(params, carry)
+            seen.append((params, carry))
+    jax.tree.map(np.testing.assert_array_equal, seen[:3], seen[3:])
+    assert [bool(jnp.any(params)) for params, _ in seen[:3]] == [True, True, False]
+    same = lambda a, b: jax.tree.map(np.testing.assert_array_equal, a, b)
+    same(seen[2][1], write.init(start))
+    params, expected = start, inside.init(start)
+    for t in range(2):
+        expected = inside.tick(params, expected, normal(t, 3, 2), None)
+    params, expected = inside.fire(params, expected)
+    same(seen[0], (params, writes.Restarted(expected, jnp.int32(1))))
+
+
 def test_gated_follows_its_equation(x64):
     memory = memories.mlp((3, 4, 3))
     params = memory.init(jax.random.key(0))
@@ -207,6 +261,8 @@ def test_clip_and_bound_are_smooth_at_zero():
 
 
 def test_bad_arguments_get_a_sentence():
+    with pytest.raises(ValueError, match="`firings` must be an integer >= 1, got 1.5"):
+        writes.restarted(writes.gated(), 1.5)
     with pytest.raises(ValueError, match='`reduce` must be "mean" or "sum", got \'max\'.'):
         writes.summed(optax.sgd(1.0), "max")
     for name in ("clip", "bound"):

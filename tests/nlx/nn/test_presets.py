@@ -108,6 +108,10 @@ def test_unknown_preset_names_the_nearest():
         ({"cms_periods": (4, 1)}, "`cms_periods` is (4, 1); it must be one or more integers >= 1"),
         ({"cms_periods": (0,)}, "`cms_periods` is (0,); it must be one or more integers >= 1"),
         ({"cms_periods": ()}, "`cms_periods` is (); it must be one or more integers >= 1"),
+        (
+            {"cms_variant": "chain"},
+            "`cms_variant` is 'chain'; it must be one of sequential, nested,",
+        ),
         ({"chunk_size": True}, "`chunk_size` is True; it must be an integer >= 1"),
         ({"tied": 1}, "`tied` is 1; it must be True or False"),
     ],

@@ -9,8 +9,6 @@ import pytest
 from flax import nnx
 
 from nlx import nn
-from nlx.level import Association
-from nlx.nn.stream import unit as unit_vectors
 
 SIZES = dict(heads=2, hidden=5, chunk_size=4, persistent=4)
 MIXERS = {"lmm": nn.TitansLMM, "mac": nn.TitansMAC, "mag": nn.TitansMAG, "mal": nn.TitansMAL}

@@ -69,6 +69,15 @@ def test_between_firings_nothing_moves():
     assert bool(jnp.all(params["w"][3] != params["w"][2]))
 
 
+def test_restart_takes_parameters_to_zero_and_the_rule_to_its_start():
+    tx = on_clock(optax.adam(0.1), Clock(2), restart=2)
+    _, _, params, state = trajectory(tx)
+    zero = [all(not np.any(leaf[t]) for leaf in jax.tree.leaves(params)) for t in range(8)]
+    assert zero == [False, False, False, True, True, False, False, True]
+    assert [int(n) for n in state.pending.firings] == [0, 1, 1, 0, 0, 1, 1, 0]
+    assert [int(n) for n in state.pending.carry.rule[0].count] == [0, 1, 1, 0, 0, 1, 1, 0]
+
+
 def test_never():
     tx = on_clock(optax.sgd(1.0), Clock(None))
     _, updates, params, _ = trajectory(tx, value=1.0)
@@ -136,3 +145,8 @@ def test_bad_arguments():
         on_clock(optax.sgd(0.1), 4)
     with pytest.raises(ValueError, match='`reduce` must be "mean" or "sum", got \'max\''):
         on_clock(optax.sgd(0.1), Clock(4), reduce="max")
+    with pytest.raises(ValueError, match="`firings` must be an integer >= 1, got 0"):
+        on_clock(optax.sgd(0.1), Clock(4), restart=0)
+    tx, ones = on_clock(optax.sgd(0.1), Clock(4), restart=2), jnp.ones(2)
+    with pytest.raises(ValueError, match="`params` is None; with `restart` it must be the"):
+        tx.update(ones, tx.init(ones))
