@@ -78,7 +78,8 @@ class Nest:
             output = self.read(wiring.working(params, carries), output, context)
         for name, level in wiring.levels.items():
             if level.clock.period is not None:
-                fires = level.clock.period == 1 or level.clock.fires(tick)  # 1: no conditional
+                always = isinstance(level.clock.period, int) and level.clock.period == 1
+                fires = always or level.clock.fires(tick)  # no conditional where it always fires
                 params[name], carries[name] = fire_if(
                     level.write, fires, params[name], carries[name]
                 )

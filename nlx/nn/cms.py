@@ -118,12 +118,13 @@ class CMS(nnx.Module):
     def weights(self) -> list[ops.ChainBlock]:
         """The blocks that are in use, as `nlx.ops.cms_chain` takes them."""
         if self.variant == "nested":
-            shares = [[block.weights() for block in level.blocks] for level in self.levels]
+            levels = [level for level in self.levels if isinstance(level, NestedLevel)]
+            shares = [[block.weights() for block in level.blocks] for level in levels]
             return [
                 jax.tree.map(lambda *parts: sum(parts), *[level[n] for level in shares[n:]])
                 for n in range(len(shares))
             ]
-        blocks = [level.weights() for level in self.levels]
+        blocks = [level.weights() for level in self.levels if isinstance(level, CMSBlock)]
         return [_side_by_side(blocks, self.aggregate[...])] if self._parallel() else blocks
 
     def _parallel(self) -> bool:

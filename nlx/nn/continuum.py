@@ -203,13 +203,13 @@ def _tick(nest: Nest, outer: dict[str, LevelState], step: Callable, carry, chunk
     levels, mixers = carry
     at = next(iter(levels.values())).tick
     states = levels | {name: level._replace(tick=at) for name, level in outer.items()}
-    shared = 0 if jnp.ndim(at) else None
-    axes = {
+    shared: Any = 0 if jnp.ndim(at) else None
+    axes: dict[str, Any] = {
         name: LevelState(0, 0, shared) if name in levels else LevelState(None, None, shared)
         for name in states
     }
     rows = jax.vmap(step, in_axes=(axes, 0), out_axes=(axes, 0))
-    after, (scores, mixers) = rows(states, Chunk(*chunk, mixers))
+    after, (scores, mixers) = rows(states, Chunk(chunk[0], chunk[1], mixers))
     return ({name: after[name] for name in levels}, mixers), scores
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from nlx.clock import Clock
-from nlx.nn.cms import CMS
+from nlx.nn.cms import CMS, CMSBlock
 from nlx.nn.linear import Linear, parameter
 from nlx.nn.model import LanguageModel
 
@@ -45,7 +45,7 @@ def from_pretrained_mlps(
         raise ValueError("`model` has layers of several blocks; each must hold one MLP.")
     units, what = len(systems), "layers"
     if split:
-        units, what = systems[0].levels[0].mlp.up.kernel.shape[1], "hidden units"
+        units, what = _only(systems[0]).mlp.up.kernel.shape[1], "hidden units"
     periods = [float("inf") if clock.period is None else clock.period for clock in clocks]
     if not 1 <= len(clocks) <= units or periods != sorted(periods):
         raise ValueError(
@@ -61,9 +61,15 @@ def from_pretrained_mlps(
     return stacked
 
 
+def _only(cms: CMS) -> CMSBlock:
+    block = cms.levels[0]
+    assert isinstance(block, CMSBlock)  # the variant is sequential
+    return block
+
+
 def _split(cms: CMS, clocks: Sequence[Clock]) -> None:
     """The hidden units of a system's only block as independent blocks."""
-    given = cms.levels[0]
+    given = _only(cms)
     hidden = given.mlp.up.kernel.shape[1]
     ends = [n * hidden // len(clocks) for n in range(len(clocks) + 1)]
     cms.variant, blocks = "independent", []
