@@ -5,7 +5,9 @@ A checkpoint holds named trees of arrays ("weights", "memories", ...), the posit
 a CRC-32 of every array. It becomes visible under its step's name only when it is whole (Orbax
 renames it there), so a killed save leaves nothing to mistake for one; a visible checkpoint that
 was damaged afterwards fails to load or fails its checksums, is moved aside, and the one before it
-is used. Arrays are read by TensorStore and the rest as JSON: loading never unpickles.
+is used. One that is whole and doesn't fit was made by other code: it stays, and is refused. Who
+only reads moves nothing, so that a training under way isn't disturbed. Arrays are read by
+TensorStore and the rest as JSON: loading never unpickles.
 """
 
 import logging
@@ -39,14 +41,25 @@ class Saved(NamedTuple):
 class Checkpoints:
     """The checkpoints of one run, newest `keep` of them; a context manager."""
 
-    def __init__(self, folder: pathlib.Path, *, keep: int, say: Callable[[str], None]):
-        """Opens `folder`; `say` receives one sentence for each checkpoint that is passed over."""
+    def __init__(self, folder: pathlib.Path, *, keep: int | None, say: Callable[[str], None]):
+        """Opens `folder`.
+
+        keep: checkpoints to keep, >= 1; None: only to read, and nothing in the folder is changed.
+        say: receives one sentence for each checkpoint that is passed over.
+        """
         logging.getLogger("absl").setLevel(logging.ERROR)
-        self.folder, self.say = folder.absolute(), say
+        self.folder, self.say, self.reads = folder.absolute(), say, keep is None
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep, enable_async_checkpointing=True, cleanup_tmp_directories=True
+            max_to_keep=keep,
+            enable_async_checkpointing=not self.reads,
+            cleanup_tmp_directories=not self.reads,
+            read_only=self.reads,
         )
         self.manager = ocp.CheckpointManager(self.folder, options=options)
+
+    @property
+    def _damaged(self) -> pathlib.Path:
+        return self.folder.parent / "damaged"
 
     def __enter__(self) -> "Checkpoints":
         """Returns itself."""
@@ -91,18 +104,34 @@ class Checkpoints:
         self._guarded(self.manager.latest_step(), self.manager.wait_until_finished)
 
     def restore(self, like: Mapping[str, PyTree]) -> Saved | None:
-        """The newest whole checkpoint, or None if there is none.
+        """The newest whole checkpoint, or None if there never was one.
 
         Args:
           like: the trees wanted, with the structure, shapes and dtypes they must have.
+
+        Raises:
+          Refused: one is whole, but of other trees; or there were some, and all are damaged.
         """
-        for step in sorted(self.manager.all_steps(), reverse=True):
+        steps = sorted(self.manager.all_steps(), reverse=True)
+        for n, step in enumerate(steps):
             try:
                 saved = self._read(step, like)
             except Exception as error:  # whatever damage makes the readers raise
-                self._set_aside(step, error)
+                if self._is_whole(step, like):
+                    raise Refused(
+                        f"the checkpoint of step {step} in {self.folder} is whole, but holds other "
+                        f"arrays than are wanted now ({_reason(error, 300)}). It was made by other "
+                        "code or another version of a library: go on with that one, or begin anew "
+                        "in another folder."
+                    ) from error
+                self._pass_over(step, error, steps[n + 1 :])
             else:
                 return saved
+        if steps or self._damaged.exists():
+            raise Refused(
+                f"no checkpoint in {self.folder} is whole any more; to begin anew, choose another "
+                "folder."
+            )
         return None
 
     def _read(self, step: int, like: Mapping[str, PyTree]) -> Saved:
@@ -121,18 +150,31 @@ class Checkpoints:
                 raise ValueError(f"its {name} do not match their checksums")
         return Saved(step, trees, progress["position"])
 
-    def _set_aside(self, step: int, error: Exception) -> None:
-        target = self.folder.parent / "damaged" / str(step)
-        target.parent.mkdir(exist_ok=True)
-        while target.exists():
-            target = target.with_name(target.name + "+")
-        os.replace(self.folder / str(step), target)
-        self.manager.reload()
-        reason = " ".join(str(error).split())[:160] or type(error).__name__
-        rest = self.manager.latest_step()
+    def _is_whole(self, step: int, like: Mapping[str, PyTree]) -> bool:
+        """Whether it can be read as it is, with the checksums it was saved with."""
+        anything = {name: ocp.args.StandardRestore() for name in like}
+        wanted = ocp.args.Composite(**anything, **{PROGRESS: ocp.args.JsonRestore()})
+        try:
+            found = self.manager.restore(step, args=wanted)
+        except Exception:  # whatever damage makes the readers raise
+            return False
+        values = lambda sums: sorted(sums.values())  # the names of paths depend on the code
+        saved = found[PROGRESS]["checksums"]
+        return all(values(_sums(found[name])) == values(saved[name]) for name in like)
+
+    def _pass_over(self, step: int, error: Exception, rest: list[int]) -> None:
+        where = ""
+        if not self.reads:
+            target = self._damaged / str(step)
+            target.parent.mkdir(exist_ok=True)
+            while target.exists():
+                target = target.with_name(target.name + "+")
+            os.replace(self.folder / str(step), target)
+            self.manager.reload()
+            where = f"it now lies in {target}, and "
         self.say(
-            f"The checkpoint of step {step} is damaged ({reason}); it now lies in {target}, and "
-            + (f"the one of step {rest} is used." if rest is not None else "none is left.")
+            f"The checkpoint of step {step} is damaged ({_reason(error, 160)}); {where}"
+            + (f"the one of step {rest[0]} is used." if rest else "none is left.")
         )
 
     def _check_space(self, trees: Mapping[str, PyTree]) -> None:
@@ -159,8 +201,16 @@ def digest(trees: Mapping[str, PyTree]) -> dict[str, dict[str, str]]:
     return {name: _checksums(tree) for name, tree in trees.items()}
 
 
+def _reason(error: Exception, limit: int) -> str:
+    return " ".join(str(error).split())[:limit] or type(error).__name__
+
+
 def _checksums(tree: PyTree) -> dict[str, str]:
-    leaves, _ = jax.tree_util.tree_flatten_with_path(_plain(tree))
+    return _sums(_plain(tree))
+
+
+def _sums(plain: PyTree) -> dict[str, str]:
+    leaves, _ = jax.tree_util.tree_flatten_with_path(plain)
     return {jax.tree_util.keystr(path): _checksum(np.asarray(leaf)) for path, leaf in leaves}
 
 

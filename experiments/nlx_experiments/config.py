@@ -65,6 +65,8 @@ class TrainConfig:
         _require("weight_decay", self.weight_decay, 0 <= self.weight_decay < 10, "in [0, 10)")
         _require("clip", self.clip, self.clip > 0, "above 0")
         _require("seed", self.seed, 0 <= self.seed < 2**31, "in [0, 2**31)")
+        vocabulary = self.model.vocabulary
+        _require("model.vocabulary", vocabulary, vocabulary == 256, "256, the number of bytes")
         one_of = f"one of {', '.join(OPTIMIZERS)}"
         _require("optimizer", self.optimizer, self.optimizer in OPTIMIZERS, one_of)
 
@@ -83,7 +85,7 @@ def make(preset: str, **fields: Any) -> TrainConfig:
 def to_json(config: TrainConfig) -> dict[str, Any]:
     """The configuration as JSON holds it."""
     fields = dataclasses.asdict(config)
-    fields["data"] = [str(path.absolute()) for path in config.data]
+    fields["data"] = [str(path.resolve()) for path in config.data]
     fields["run"] = str(config.folder)
     return fields
 
@@ -99,6 +101,8 @@ def of_run(folder: pathlib.Path) -> TrainConfig:
         near = _near(folder)
         hint = f" Did you mean {near}?" if near else ""
         raise Refused(f"{folder} is no run: it holds no config.json.{hint}")
+    if missing := {"preset", "model", "data"} - set(fields):
+        raise Refused(f"{folder}/config.json says nothing of {', '.join(sorted(missing))}.")
     with as_sentence():
         model = _like(nn.preset(fields["preset"]), fields.pop("model"))
     known = {f.name for f in dataclasses.fields(TrainConfig)}

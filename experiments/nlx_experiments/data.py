@@ -50,7 +50,7 @@ class Corpus(NamedTuple):
     def sha256(self) -> str:
         """Digest of every file's name, content and split."""
         lines = (f"{f.name} {f.sha256} {f.split}\n" for f in self.files)
-        return hashlib.sha256("".join(lines).encode()).hexdigest()
+        return _digest("".join(lines)).hex()
 
     def record(self) -> dict[str, Any]:
         """What stands beside a run: list, sizes and digest."""
@@ -64,19 +64,20 @@ class Corpus(NamedTuple):
 
 
 def encode(text: str) -> Bytes:
-    """The bytes of `text` in UTF-8, as tokens."""
-    return np.frombuffer(text.encode(), np.uint8)
+    """The bytes of `text` in UTF-8, as tokens; what a shell gave that is none, as it was."""
+    return np.frombuffer(text.encode(errors="surrogateescape"), np.uint8)
 
 
-def load(paths: Sequence[pathlib.Path] = ()) -> Corpus:
+def load(paths: Sequence[pathlib.Path] = (), without: pathlib.Path | None = None) -> Corpus:
     """Reads files and folders of text, or, given none, the standard library's own source.
 
     Args:
-      paths: files or folders; in a folder every UTF-8 file without zero bytes counts, hidden ones
-        excepted.
+      paths: files or folders; in a folder every UTF-8 file without zero bytes counts, but hidden
+        ones and those of runs.
+      without: a folder to leave out: of the run to come.
 
     Raises:
-      Refused: a path that does not exist, or no text under it.
+      Refused: a path that does not exist, no text under it, or two files of one name.
     """
     if not paths:
         return _corpus("the Python standard library", _standard_library())
@@ -84,17 +85,25 @@ def load(paths: Sequence[pathlib.Path] = ()) -> Corpus:
     for path in paths:
         if not path.exists():
             raise Refused(f"`--data` holds {path}, which does not exist; pass files or folders.")
-        found = dict(_texts(path))
+        found = dict(_texts(path, without))
         if not found:
             raise Refused(f"`--data` holds {path}, in which there is no UTF-8 text.")
+        if twice := sorted(texts.keys() & found):
+            raise Refused(
+                f"`--data` holds two files called {twice[0]}; the names of files, with the folder "
+                "they are given in, must differ."
+            )
         texts |= found
     return _corpus(", ".join(path.name or str(path) for path in paths), texts)
 
 
 def is_held_out(name: str) -> bool:
     """Whether the file of this relative name is held out: a hash of the name decides, for ever."""
-    digest = hashlib.sha256(name.encode()).digest()
-    return int.from_bytes(digest[:8], "big") < HELD_OUT_SHARE * 2**64
+    return int.from_bytes(_digest(name)[:8], "big") < HELD_OUT_SHARE * 2**64
+
+
+def _digest(name: str) -> bytes:
+    return hashlib.sha256(name.encode(errors="surrogateescape")).digest()
 
 
 def _standard_library() -> dict[str, bytes]:
@@ -113,8 +122,8 @@ def _standard_library() -> dict[str, bytes]:
     return texts
 
 
-def _texts(path: pathlib.Path) -> Iterator[tuple[str, bytes]]:
-    files = _walk(path, skipped=set()) if path.is_dir() else [path]
+def _texts(path: pathlib.Path, without: pathlib.Path | None) -> Iterator[tuple[str, bytes]]:
+    files = _walk(path, set(), without) if path.is_dir() else [path]
     for file in files:
         try:
             content = file.read_bytes()
@@ -126,9 +135,18 @@ def _texts(path: pathlib.Path) -> Iterator[tuple[str, bytes]]:
             yield file.relative_to(path.parent).as_posix(), content
 
 
-def _walk(root: pathlib.Path, skipped: set[str] = SKIPPED_FOLDERS) -> Iterator[pathlib.Path]:
+def _walk(
+    root: pathlib.Path,
+    skipped: set[str] = SKIPPED_FOLDERS,
+    without: pathlib.Path | None = None,
+) -> Iterator[pathlib.Path]:
+    def wanted(path: pathlib.Path) -> bool:
+        of_run = (path / "config.json").exists() and (path / "corpus.json").exists()
+        of_this = without is not None and path.resolve() == without.resolve()
+        return not (of_run or of_this or path.name in skipped or path.name.startswith("."))
+
     for folder, folders, names in os.walk(root):
-        folders[:] = [f for f in folders if f not in skipped and not f.startswith(".")]
+        folders[:] = [f for f in folders if wanted(pathlib.Path(folder, f))]
         for name in names:
             path = pathlib.Path(folder, name)
             if not name.startswith(".") and path.is_file():
@@ -151,7 +169,7 @@ def _corpus(name: str, texts: dict[str, bytes]) -> Corpus:
     else:
         held_out = {n for n in names if is_held_out(n)}
         if not held_out or len(held_out) == len(names):
-            held_out = {min(names, key=lambda n: hashlib.sha256(n.encode()).digest())}
+            held_out = {min(names, key=_digest)}
     files = tuple(
         TextFile(
             n,
@@ -226,8 +244,8 @@ def batches(dataset: grain.MapDataset, position: dict | None = None) -> grain.Da
 def seen(dataset: grain.MapDataset, length: int, steps: int) -> list[tuple[int, int]]:
     """The stretches `[start, stop)` of the stream that the first `steps` batches showed, once
     each and in order, neighbours joined."""
-    shown: list[Any] = [dataset[i] for i in range(steps)]
-    numbers = np.unique(np.concatenate([batch["window"] for batch in shown]))
+    shown: Any = dataset
+    numbers = np.unique(np.concatenate([shown[i]["window"] for i in range(steps)]))
     breaks = np.flatnonzero(np.diff(numbers) > 1) + 1
     return [
         (int(run[0]) * length, (int(run[-1]) + 1) * length + 1) for run in np.split(numbers, breaks)

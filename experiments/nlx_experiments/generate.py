@@ -48,7 +48,7 @@ def main(options: Generate) -> None:
     """Prints the prompt and, as they come, the bytes after it."""
     model = learner.load(config.of_run(options.run))
     out = sys.stdout.buffer
-    out.write(options.prompt.encode())
+    out.write(options.prompt.encode(errors="surrogateescape"))
     for byte in stream(
         model,
         options.prompt,

@@ -88,7 +88,7 @@ def load(config: TrainConfig) -> nn.LanguageModel:
     graph, weights = nnx.split(build(config))
     folder = config.folder / "checkpoints"
     if folder.exists():
-        with Checkpoints(folder, keep=config.keep, say=say) as checkpoints:
+        with Checkpoints(folder, keep=None, say=say) as checkpoints:
             saved = checkpoints.restore({"weights": weights})
         if saved is not None:
             return nnx.merge(graph, saved.trees["weights"])

@@ -38,7 +38,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
       Refused: bad input, before anything is compiled; or a checkpoint that could not be written.
       Stopped: SIGINT or SIGTERM came; everything is saved.
     """
-    corpus = data.load(config.data)
+    corpus = data.load(config.data, without=config.folder)
     dataset = data.training_data(
         corpus.train, length=config.length, batch=config.batch, seed=config.seed
     )
@@ -66,6 +66,11 @@ def train(config: TrainConfig) -> dict[str, Any]:
         bits = evaluate.model_bits(
             lambda tokens: functions.bits(state.params, tokens), corpus, positions, config.batch
         )
+        if not np.all(np.isfinite(bits)):
+            raise Refused(
+                f"the model of step {state.step} in {run.folder} scores held-out bytes with what "
+                "is no number. A lower `learning_rate` may help, in another `--run` folder."
+            )
         result = _result(config, functions, corpus, dataset, positions, bits)
         _report(run, config, result)
         run.write("result", result)
@@ -128,19 +133,24 @@ def _advance(
     """Learns until the last step or until asked to stop, and saves there."""
     done, start = int(state.step), functions.init().params
     log = Log(config, run, done)
-    with display(run.folder.name, config.steps, done) as shown:
-        while done < config.steps and stop.received is None:
-            state, measured = functions.step(state, start, next(batches)["tokens"])
-            done += 1
-            log.add(done, measured)
-            saving = done % config.save_every == 0
-            if saving or done % config.log_every == 0:
+    save = lambda: checkpoints.save(done, _trees(config, state), batches.get_state())
+    try:
+        with display(run.folder.name, config.steps, done) as shown:
+            while done < config.steps and stop.received is None:
+                state, measured = functions.step(state, start, next(batches)["tokens"])
+                done += 1
+                log.add(done, measured)
+                saving = done % config.save_every == 0
+                if saving or done % config.log_every == 0:
+                    shown.show(done, *log.flush())
+                if saving:
+                    save()
+            if log.waiting:
                 shown.show(done, *log.flush())
-            if saving:
-                checkpoints.save(done, _trees(config, state), batches.get_state())
-        if log.waiting:
-            shown.show(done, *log.flush())
-        checkpoints.save(done, _trees(config, state), batches.get_state())
+    except BrokenPipeError:  # nobody reads what is printed any more
+        save()
+        raise
+    save()
     return state
 
 

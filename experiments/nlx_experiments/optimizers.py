@@ -56,7 +56,7 @@ def learning_rate(config: TrainConfig, period: int = 1) -> optax.Schedule:
     curve = optax.warmup_cosine_decay_schedule(
         init_value=0.0,
         peak_value=config.learning_rate,
-        warmup_steps=round(config.warmup * config.steps),
+        warmup_steps=min(round(config.warmup * config.steps), config.steps - 1),
         decay_steps=config.steps,
         end_value=config.learning_rate / 10,
     )

@@ -151,10 +151,13 @@ def plot_panels(path: pathlib.Path, panels: Sequence[Panel], columns: int = 4) -
 def _smooth(values: np.ndarray) -> np.ndarray:
     """The mean over the last twentieth of the steps so far seen."""
     width = max(1, values.size // 20)
-    total = np.cumsum(np.concatenate([[0.0], values]))
+    known = np.isfinite(values)
+    since = lambda x: np.cumsum(np.concatenate([[0.0], x]))
+    total, count = since(np.where(known, values, 0)), since(known)
     last = np.arange(1, values.size + 1)
     first = np.maximum(last - width, 0)
-    return (total[last] - total[first]) / (last - first)
+    counted = count[last] - count[first]
+    return np.where(counted > 0, (total[last] - total[first]) / np.maximum(counted, 1), np.nan)
 
 
 def _save(figure: Figure, path: pathlib.Path) -> None:

@@ -7,7 +7,8 @@
     nlx run EXPERIMENT
 
 Bad input gets one sentence and exit code 2; a run stopped by SIGINT or SIGTERM is saved and exits
-with 130 or 143, as shells and schedulers expect; what was printed before stays true.
+with 130 or 143, as shells and schedulers expect, one whose output is read no more with 141; what
+was printed before stays true.
 """
 
 import contextlib
@@ -104,6 +105,11 @@ def main(argv: list[str] | None = None) -> int:
         return 128 + signal.SIGINT
     except BrokenPipeError:  # whoever read us has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    except OSError as error:
+        name = "" if error.filename is None else f"{error.filename}: "
+        print(f"nlx: {name}{error.strerror or error}.", file=sys.stderr)
+        return 2
     return 0
 
 

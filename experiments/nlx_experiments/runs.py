@@ -23,7 +23,7 @@ import jax
 from nlx_experiments.errors import Refused
 
 # What may differ when a run goes on: it changes nothing that is learned.
-FREE = ("run", "save_every", "keep")
+FREE = ("run", "save_every", "keep", "log_every")
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
@@ -171,8 +171,12 @@ def write_json(path: pathlib.Path, value: Any) -> None:
 def write_whole(path: pathlib.Path, content: str) -> None:
     """Writes a file so that it has its old content or the new one, never half of it."""
     half = path.with_name(path.name + ".half")
-    half.write_text(content)
-    os.replace(half, path)
+    try:
+        half.write_text(content)
+        os.replace(half, path)
+    except OSError:
+        half.unlink(missing_ok=True)
+        raise
 
 
 def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

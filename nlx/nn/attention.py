@@ -152,7 +152,7 @@ class Attention(nnx.Module):
         Raises:
           ValueError: a prefix of another width; or, without a window, tokens that do not fit the
             capacity, where that is known: outside jit, or longer than the whole cache. Inside jit
-            what does not fit is not kept.
+            y is NaN where something should have been kept and was not.
         """
         b, t, _ = x.shape
         index = None if segment_ids is None else segment_index(segment_ids)
@@ -172,7 +172,11 @@ class Attention(nnx.Module):
             state = self._append(state, key, value, where, index)
         if prefix is not None:
             parts.insert(0, self.prefix_part(query, prefix))
-        return self.output(attend(parts).reshape(b, t, -1)), state
+        y = self.output(attend(parts).reshape(b, t, -1))
+        if state is not None and self.window is None:
+            lost = _lost(state.key.shape[1], start, where, index)
+            y = jnp.where(lost[:, :, None], jnp.nan, y)
+        return y, state
 
     def _heads(self, linear: Linear, x: Float[Array, "b t d"]) -> Float[Array, "b t h d"]:
         return linear(x).reshape(*x.shape[:2], -1, self.head_dim)
@@ -208,7 +212,7 @@ class Attention(nnx.Module):
         if self.window is not None:
             slot = jnp.where(where > where[:, -1:] - slots, where % slots, slots)
         elif index is None:
-            _check_room(state.position, t, slots)
+            check_room(state.position, t, slots)
         if index is not None:
             slot = jnp.where(index == index[:, -1:], slot, slots)
         rows = jnp.arange(len(slot))[:, None]
@@ -266,8 +270,21 @@ def attend(parts: list[Part]) -> Float[Array, "b t h d"]:
     return functools.reduce(jnp.add, reads).reshape(b, t, heads, d)
 
 
-def _check_room(position, t, capacity):
-    """Says so where a call's tokens are known not to fit."""
+def _lost(
+    capacity: int,
+    start: Int[Array, " b"],
+    where: Int[Array, "b t"],
+    index: Int[Array, "b t"] | None,
+) -> Bool[Array, "b t"]:
+    """Tokens that the cache should hold and can't, and those that look for such ones."""
+    late = where >= capacity
+    if index is None:
+        return late
+    return late & ((index == index[:, -1:]) | (index == 0) & (start > capacity)[:, None])
+
+
+def check_room(position: Int[Array, " b"], t: int, capacity: int) -> None:
+    """Raises ValueError where a call's tokens are known not to fit."""
     known = not isinstance(position, Tracer)
     used = int(position.max()) if known else 0
     if used + t > capacity:

@@ -17,7 +17,7 @@ Window = Float[Array, "b past d"]
 
 
 class Convolution(nnx.Module):
-    """y_t = sum_{j=0}^{3} w_j * x_{t-j}, channel by channel, within the segment.
+    """y_t = sum_{j=0}^{3} w_j * x_{t-3+j}, channel by channel, within the segment.
 
     The state is a constant memory that keeps the last three inputs: [b, 3, d], zeros at first.
     Source: Behrouz et al. (2025), Nested Learning, section 8.3 (window 4).

@@ -14,6 +14,7 @@ from nlx import writes
 from nlx.clock import Clock
 from nlx.level import Level
 from nlx.nest import Nest
+from nlx.nn.attention import Attention, check_room
 from nlx.nn.block import Block, BlockState
 from nlx.nn.cms import CMS
 from nlx.nn.feedforward import MLP, SwiGLU
@@ -119,6 +120,11 @@ class LanguageModel(nnx.Module):
                 f"`state` is of {len(state)} blocks and {sorted(rows)} rows; it must be of "
                 f"{len(self.blocks)} blocks and {len(tokens)} rows, as tokens."
             )
+        for block, carried in zip(self.blocks, state, strict=True):
+            grows = isinstance(block.mixer, Attention) and block.mixer.window is None
+            if grows and segment_ids is None:  # inside the scan over blocks nothing is known
+                cache = carried.mixer
+                check_room(cache.position, tokens.shape[1], cache.key.shape[1])
 
 
 def _check_integers(name: str, value: Any, shape: tuple[int, ...] | None) -> None:

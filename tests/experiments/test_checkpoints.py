@@ -31,9 +31,9 @@ def three(tmp_path):
     return tmp_path / "checkpoints"
 
 
-def restore(folder, like=None):
+def restore(folder, like=None, keep=3):
     said = []
-    with Checkpoints(folder, keep=3, say=said.append) as checkpoints:
+    with Checkpoints(folder, keep=keep, say=said.append) as checkpoints:
         return checkpoints.restore(like or trees(0)), said
 
 
@@ -97,19 +97,43 @@ def test_damage_falls_back_and_says_so(three, damage):
     assert restore(three)[0].step == 4
 
 
-def test_all_damaged_is_none(three):
+def test_all_damaged_is_refused(three):
     for step in (2, 3, 4):
         truncate(three / str(step))
-    saved, said = restore(three)
-    assert saved is None
-    assert len(said) == 3
-    assert "none is left" in said[-1]
+    for _ in range(2):  # and again, when all have been moved aside
+        with pytest.raises(Refused, match="no checkpoint in .* is whole any more"):
+            restore(three)
+    assert len(list((three.parent / "damaged").iterdir())) == 3
+
+
+def test_none_at_all_is_none(tmp_path):
+    assert restore(tmp_path / "checkpoints") == (None, [])
+
+
+def test_other_trees_are_refused_and_stay(three):
+    other = trees(0) | {"memories": optax.sgd(1e-3, momentum=0.9).init(trees(0)["weights"])}
+    for keep in (3, None):
+        with pytest.raises(Refused, match="step 4 .* is whole, but holds other arrays"):
+            restore(three, other, keep)
+    assert digest(restore(three)[0].trees) == digest(trees(4))
 
 
 def test_a_half_written_one_is_not_seen(three):
     shutil.copytree(three / "4", three / "5.orbax-checkpoint-tmp-17")
     saved, said = restore(three)
     assert (saved.step, said) == (4, [])
+
+
+def test_a_reader_changes_nothing(three):
+    """Another process may be training there: its half-written checkpoint is not ours to remove."""
+    shutil.copytree(three / "4", three / "5.orbax-checkpoint-tmp-17")
+    truncate(three / "4")
+    everything = lambda: sorted((p, p.stat().st_size) for p in three.parent.rglob("*"))
+    before = everything()
+    saved, said = restore(three, keep=None)
+    assert saved.step == 3
+    assert "step 4 is damaged" in said[0]
+    assert everything() == before
 
 
 def test_nothing_is_unpickled(three, monkeypatch):

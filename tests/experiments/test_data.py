@@ -148,3 +148,32 @@ def test_evaluation_windows_are_spread():
 
 def test_text_and_bytes():
     assert data.encode("aé").tolist() == [97, 0xC3, 0xA9]
+
+
+def test_two_files_of_one_name_are_refused(tmp_path):
+    for side in ("a", "b"):
+        (tmp_path / side / "src").mkdir(parents=True)
+        (tmp_path / side / "src" / "f.txt").write_text(side)
+    with pytest.raises(Refused, match="two files called src/f.txt"):
+        data.load((tmp_path / "a" / "src", tmp_path / "b" / "src"))
+    with pytest.raises(Refused, match="two files called src/f.txt"):
+        data.load((tmp_path / "a" / "src", tmp_path / "a" / "src"))
+
+
+def test_runs_are_no_text(tmp_path):
+    (tmp_path / "f.txt").write_text("text")
+    (tmp_path / "g.txt").write_text("more")
+    for name, files in (("run", ("metrics.jsonl",)), ("old", ("config.json", "corpus.json"))):
+        (tmp_path / name).mkdir()
+        for file in files:
+            (tmp_path / name / file).write_text("{}")
+    files = data.load((tmp_path,), without=tmp_path / "run").files
+    assert [f.name.split("/")[-1] for f in files] == ["f.txt", "g.txt"]
+
+
+def test_names_that_are_no_utf8(tmp_path):
+    for n in range(2):
+        (tmp_path / f"{n}\udcff.txt").write_text("text")
+    corpus = data.load((tmp_path,))
+    assert len(corpus.files) == 2
+    assert json.loads(json.dumps(corpus.record()))["sha256"] == corpus.sha256

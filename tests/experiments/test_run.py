@@ -41,6 +41,8 @@ BAD = {
     "train transformer++-tiny --data empty": "empty, in which there is no UTF-8 text",
     "train transformer++-tiny --data short --length 99": "`length` is 99, .* only \\d+ bytes",
     "train transformer++-tiny --run /dev/null/run": "/dev/null/run, which cannot be written",
+    "train transformer++-tiny --model.vocabulary 64": "`model.vocabulary` is 64; it must be 256",
+    "generate bare": "config.json says nothing of data, model, preset",
     "generate nowhere": "nowhere is no run: it holds no config.json",
     "generate nowhere --temperature -1": "`temperature` is -1.0; it must be in",
     "inspect hope-tinny": "'hope-tinny'.*'hope-tiny'",
@@ -53,6 +55,8 @@ def test_bad_input_gets_one_sentence(words, capsys, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "binary").write_bytes(b"\0\1\2")
     (tmp_path / "short").mkdir()
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "bare" / "config.json").write_text("{}")
     for i in range(3):
         (tmp_path / "short" / f"{i}").write_text("short")
     assert run.main(words.split()) == 2

@@ -12,7 +12,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from nlx_experiments import config, demo, demo_check, faults, generate, learner, loop, report, runs
+from nlx_experiments import (
+    config,
+    data,
+    demo,
+    demo_check,
+    evaluate,
+    faults,
+    generate,
+    learner,
+    loop,
+    report,
+    runs,
+)
 from nlx_experiments.errors import Refused, Stopped
 
 from nlx import nn
@@ -98,6 +110,73 @@ def test_a_run_leaves_its_record(unbroken):
     assert config.of_run(chosen.folder) == chosen
     corpus = runs.read_json(chosen.folder / "corpus.json")
     assert len(corpus["files"]) == 9
+
+
+def test_the_result_is_of_the_trained_weights_on_bytes_they_do_not_see(unbroken):
+    """Scores recomputed from the last checkpoint, byte by byte, and from the bytes seen."""
+    chosen, result = unbroken
+    corpus = data.load(chosen.data)
+    model = learner.load(chosen)
+    starts = evaluate.scored_positions(corpus, chosen.length, chosen.eval_bytes)
+    bits = []
+    for row in starts:
+        window = corpus.heldout[row[0] - 1 : row[-1] + 1].astype(np.int32)
+        scores = np.asarray(model(window[None, :-1])[0][0], np.float64)
+        chances = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
+        bits += list(-np.log2(chances[np.arange(chosen.length), window[1:]]))
+    assert len(bits) == result["bytes_scored"]
+    np.testing.assert_allclose(np.mean(bits), result["bits_per_byte"], rtol=1e-5)
+
+    dataset = data.training_data(
+        corpus.train, length=chosen.length, batch=chosen.batch, seed=chosen.seed
+    )
+    batches = data.batches(dataset)
+    seen = np.zeros(corpus.train.size, bool)
+    for _ in range(STEPS):
+        for number in next(batches)["window"]:
+            seen[number * chosen.length : (number + 1) * chosen.length + 1] = True
+    assert 0 < seen.sum() < seen.size
+    assert result["distinct_bytes_seen"] == seen.sum()
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], seen, [False]]).astype(int)))
+    stretches = [(int(a), int(b)) for a, b in edges.reshape(-1, 2)]
+    for order, value in result["ngram_bits_per_byte"].items():
+        assert value == evaluate.ngram_bits(corpus, int(order), starts, stretches)
+
+
+def test_the_metrics_are_in_bits(unbroken):
+    """The first step's loss, of the weights that the seed draws, on the first batch."""
+    chosen, _ = unbroken
+    dataset = data.training_data(
+        data.load(chosen.data).train, length=chosen.length, batch=chosen.batch, seed=chosen.seed
+    )
+    tokens = next(data.batches(dataset))["tokens"].astype(np.int32)
+    scores = np.asarray(learner.build(chosen)(tokens[:, :-1])[0], np.float64)
+    chances = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
+    bits = -np.log2(np.take_along_axis(chances, tokens[:, 1:, None], -1))
+    first = runs.read_lines(chosen.folder / "metrics.jsonl")[0]
+    np.testing.assert_allclose(first["bits_per_byte"], bits.mean(), rtol=1e-5)
+
+
+def test_what_nobody_reads_is_saved(chosen, monkeypatch):
+    class Closed(loop.display("", 1, 0).__class__):
+        def show(self, now, *measured):
+            if now == 3:
+                raise BrokenPipeError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "display", lambda name, steps, done: Closed(name, steps))
+        with pytest.raises(BrokenPipeError):
+            loop.train(chosen)
+    assert (chosen.folder / "checkpoints" / "3").is_dir()
+
+
+def test_a_score_that_is_no_number_is_refused(chosen, monkeypatch):
+    functions = learner.make(chosen)
+    nothing = lambda params, tokens: jnp.full(tokens[:, 1:].shape, jnp.nan)
+    monkeypatch.setattr(learner, "make", lambda config: functions._replace(bits=nothing))
+    with pytest.raises(Refused, match="step 6 in .* scores held-out bytes with what is no number"):
+        loop.train(chosen)
+    assert not (chosen.folder / "result.json").exists()
 
 
 def test_the_report_carries_its_pictures(unbroken):
@@ -199,6 +278,8 @@ def test_generation_streams_what_the_model_says(unbroken):
     warm = dict(length=12, temperature=1.0)
     once, again, other = (list(generate.stream(model, "", seed=seed, **warm)) for seed in (1, 1, 2))
     assert once == again != other
+    flat = dict(length=32, temperature=99.0, seed=0)
+    assert len(set(generate.stream(model, "", **flat))) > 8  # every byte is drawn anew
 
 
 @pytest.mark.slow
