@@ -209,7 +209,7 @@ _AT_SIZE: dict[str, dict[str, dict[str, Any]]] = {
     "titans-mag": {size: memory | _WINDOW[size] for size, memory in _MEMORY.items()},
     "titans-mal": {size: memory | _WINDOW[size] for size, memory in _MEMORY.items()},
     "hope": {
-        "tiny": dict(cms_periods=(1, 4)),
+        "tiny": dict(cms_periods=(1, 4), projection_chunk_size=32),
         "small": dict(cms_periods=(1, 4, 16), memory_hidden=64),
         "340m": dict(cms_periods=(1, 4, 16), memory_hidden=64),
         "400m": dict(cms_periods=(1, 4, 16), memory_hidden=64),
