@@ -4,6 +4,7 @@
 import functools
 from collections.abc import Callable, Mapping
 
+import optax
 from optax import contrib
 
 from nlx import optim
@@ -31,14 +32,17 @@ def toy() -> Row:
 
 def quadratic(noise: str) -> Row:
     """(ii) An ill-conditioned linear layer with bad labels."""
-    raw = {"hidden": (), "inner_lr": 0.2, "precondition": False, "scale_decay": 0.99}
-    robust = lambda rate, momentum, **given: optim.dmgd(
-        rate, momentum, robust=1.5, **{**raw, **given}
-    )
+    raw = {"hidden": (), "precondition": False, "scale_decay": 0.99}
+    learning = {**raw, "decay": 0.0, "retention": 0.999}
+    rates: rules.Settings = [{"inner_lr": rate} for rate in (0.3, 0.2, 0.4)]
+    robust = lambda rate, inner_lr: optim.dmgd(rate, inner_lr=inner_lr, robust=1.5, **learning)
+    control = lambda rate, momentum: optim.dmgd(rate, momentum, inner_lr=0.0, robust=1.5, **raw)
     deep = {
-        "dmgd": Rule(robust, deep=True),
-        "dmgd, l2": Rule(lambda rate, momentum: optim.dmgd(rate, momentum, **raw), deep=True),
-        "robust momentum": Rule(functools.partial(robust, inner_lr=0.0), deep=True),
+        "dmgd": Rule(robust, rates, deep=True),
+        "dmgd, l2": Rule(
+            lambda rate, inner_lr: optim.dmgd(rate, inner_lr=inner_lr, **learning), rates, deep=True
+        ),
+        "robust momentum": Rule(control, deep=True),
         "delta momentum": rules.DELTA,
         "m3": rules.M3,
     }
@@ -76,8 +80,31 @@ def digits() -> Row:
 
 def text() -> Row:
     """(iv) A small transformer on the standard library's source."""
-    deep = {"delta momentum": rules.DELTA, "dmgd": rules.DMGD, "m3": rules.M3}
-    declared = {"cosine": ("m3", NEAR), "constant": ("m3", NEAR)}
+
+    def orthogonal(rate, momentum):
+        """DMGD as Eq. 52 has it: a linear memory, read out through Newton-Schulz."""
+        memory = optim.scale_by_deep_momentum(momentum, hidden=())
+        return optax.chain(
+            optim.scale_by_second_moment(),
+            memory,
+            optim.scale_by_newton_schulz(),
+            optax.scale_by_learning_rate(rate),
+        )
+
+    def averaged(rate, momentum):
+        return contrib.schedule_free(orthogonal(rate, 0.8), rate, momentum)
+
+    deep = {
+        "dmgd, orthogonal": Rule(orthogonal, deep=True),
+        "dmgd, averaged": Rule(averaged, deep=True, weights=contrib.schedule_free_eval_params),
+        "dmgd": rules.DMGD,
+        "delta momentum": rules.DELTA,
+        "m3": rules.M3,
+        "m3 without V": Rule(
+            lambda rate, momentum: optim.m3(rate, momentum, second_moment=False), deep=True
+        ),
+    }
+    declared = {"cosine": ("dmgd, orthogonal", NEAR), "constant": ("dmgd, averaged", NEAR)}
     competitors = {**rules.rivals(), **deep}
     task = tasks.transformer()
     return Row(task, competitors, declared, (-3, -1), seeds=5, tuning=2, batch=1, log=False)
