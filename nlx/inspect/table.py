@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The white box: levels of a model or an optimizer as a table, read off its Levels and Nests."""
+"""Levels of a model or an optimizer as a table, read off its Levels and Nests."""
 
 import dataclasses
 import functools
