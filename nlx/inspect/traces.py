@@ -177,7 +177,9 @@ def _eigenvalues(level: Level, params: PyTree[Array], stored: Association, gate)
         transition_range(key, retain, erase)
         for key in jax.tree.leaves(memory.inputs(params, stored.key))
     ]
-    low, high = (functools.reduce(f, ends) for f, ends in zip((jnp.minimum, jnp.maximum), zip(*ranges)))
+    low, high = (
+        functools.reduce(f, ends) for f, ends in zip((jnp.minimum, jnp.maximum), zip(*ranges))
+    )
     return Range(low, high)
 
 

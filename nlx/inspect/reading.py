@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from nlx.inspect.memory import Trace, follow, surprise
+from nlx.inspect.traces import Trace, follow, surprise
 from nlx.nn.model import LanguageModel
 from nlx.nn.recall import Ticks
 
