@@ -57,10 +57,10 @@ def transition_range(
 
 
 def memory_age(
-    written: Float[Array, "t *n"],
-    retain: Float[Array, "t *n"],
-    momentum: Float[Array, "t *n"] | None = None,
-) -> Float[Array, "t *n"]:
+    written: Float[Array, "*t"],
+    retain: Float[Array, "*t"],
+    momentum: Float[Array, "*t"] | None = None,
+) -> Float[Array, "*t"]:
     """How many ticks old what a memory holds is, on average.
 
         age_t = sum_{j <= t} c_tj s_j (t - j) / sum_{j <= t} c_tj s_j
@@ -70,8 +70,8 @@ def memory_age(
     nothing is held. Erasing, which depends on the direction, and where the memory started, which
     has no age, are left out.
 
-    written: s, >= 0. retain, momentum: gates in [0, 1]; None: steps arrive at once, c_tj is the
-    product of retain alone.
+    Ticks are the first axis. written: s, >= 0. retain, momentum: gates in [0, 1];
+    None: steps arrive at once, c_tj is the product of retain alone.
     """
     share = jnp.zeros_like(retain) if momentum is None else momentum
 
@@ -136,7 +136,9 @@ def _is_memory(level: Level) -> bool:
     return level.write is not None and level.write.view is not None
 
 
-def _tick(level: Level, before: LevelState, after: LevelState, stored: Association):
+def _tick(
+    level: Level, before: LevelState, after: LevelState, stored: Association
+) -> dict[str, Any]:
     """What a memory did at one tick."""
     write = level.write
     assert write is not None
@@ -177,10 +179,8 @@ def _eigenvalues(level: Level, params: PyTree[Array], stored: Association, gate)
         transition_range(key, retain, erase)
         for key in jax.tree.leaves(memory.inputs(params, stored.key))
     ]
-    low, high = (
-        functools.reduce(f, ends) for f, ends in zip((jnp.minimum, jnp.maximum), zip(*ranges))
-    )
-    return Range(low, high)
+    low = functools.reduce(jnp.minimum, [each.low for each in ranges])
+    return Range(low, functools.reduce(jnp.maximum, [each.high for each in ranges]))
 
 
 def _recalled(level: Level) -> tuple[Any, Any]:

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who reads whom: knowledge transfer between levels, found by differentiating their wiring."""
+"""Who reads whom: knowledge transfer between levels, found by tracing their wiring."""
 
-import functools
 import inspect
 import itertools
 from collections.abc import Callable
@@ -11,13 +10,15 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.extend import core
 from jaxtyping import Array, PyTree
 
 from nlx.inspect.rows import nests_of, starred
 from nlx.level import Association
 from nlx.nest import Nest
 from nlx.nn.model import LanguageModel, pretraining, restarts_by_level
-from nlx.nn.recall import Ticks
+
+Part = tuple[str, str]  # level, and the part of what it is told
 
 GRADIENT = "gradient"  # the source that is no level: what an optimizer is given
 
@@ -41,19 +42,30 @@ class Stored(NamedTuple):
 def links(nest: Nest, params: dict[str, Any], context: Any) -> list[Link]:
     """Which level's visible parameters stand in which part of which level's context.
 
-    There is a link where the derivative of the part along random parameters is not 0, so numbers
-    should be in general position. Levels under the nest's shared loss hand each other gradients.
+    There is a link where the part is computed from the parameters. Levels under the nest's shared
+    loss hand each other gradients.
 
-    nest: `Nest`. params: of every level by name. context: one tick's.
+    nest: `Nest`. params: of every level by name. context: one tick's. Shapes are enough.
     Source: Behrouz et al. (2025), Nested Learning, section 3.3 (knowledge transfer).
     """
-    found = []
-    for name in nest.levels:
-        told = lambda own, name=name: nest.forward({**params, name: own}, context)[1]
-        found += [Link(name, *end) for end in _moved(told, params[name])]
+    found = _among(lambda _: nest, params, context, ())
     if nest.loss is not None:
         shared = [name for name, level in nest.levels.items() if level.loss is None]
         found += [Link(*pair, "gradient") for pair in itertools.permutations(shared, 2)]
+    return found
+
+
+def _among(nest: Callable[[Any], Nest], params: dict[str, Any], context: Any, weights: Any):
+    """The links of nest(weights), where its forward reads weights too."""
+    found = []
+    for name, own in params.items():
+
+        def told(own, others, context, weights, name=name):
+            return nest(weights).forward({**others, name: own}, context)[1]
+
+        others = {other: params[other] for other in params if other != name}
+        parts = _moved(told, own, others, context, weights)
+        found += [Link(name, *part) for part in parts]
     return found
 
 
@@ -65,8 +77,7 @@ def wiring(thing: Any, params: Any = None) -> list[Link]:
     systems from each level to the next faster one's initial state. An optimizer: inside its nests,
     and from the gradient.
 
-    thing, params: as of `levels`; a model must hold numbers, not shapes; neither they nor its size
-    matter. Raises TypeError for anything else.
+    thing, params: as of `levels`. Raises TypeError for anything else.
     """
     if isinstance(thing, LanguageModel):
         return _of_model(thing)
@@ -114,7 +125,7 @@ def _of_rule(nest: Nest, context: Callable, leaf: Any) -> tuple[list[Link], dict
     given = lambda gradient: nest.forward(params, _moment(context, gradient))[1]
     told = given(gradient)
     found = links(nest, params, _moment(context, gradient))
-    found += [Link(GRADIENT, *end) for end in _moved(given, gradient)]
+    found += [Link(GRADIENT, *part) for part in _moved(given, gradient)]
     unread = [(name, "key") for name, own in told.items() if not _reads(nest, name, params, own)]
     return [link for link in found if link[1:] not in unread], told
 
@@ -124,8 +135,8 @@ def _reads(nest: Nest, name: str, params: dict[str, Any], association: Any) -> b
     if not isinstance(association, Association) or not jax.tree.leaves(association.key):
         return False
     loss: Any = nest.levels[name].loss
-    of = lambda key: {name: loss(params[name], association._replace(key=key))}
-    return bool(_moved(of, association.key))
+    told = lambda key: {name: loss(params[name], association._replace(key=key))}
+    return bool(_moved(told, association.key))
 
 
 def _words(part: Any, of: list[str], leaf: Any) -> str:
@@ -144,7 +155,8 @@ def _of_model(model: LanguageModel) -> list[Link]:
     for fast in restarts_by_level(model):
         found.append(Link(f"cms_{int(fast.removeprefix('cms_')) + 1}", fast, "initial state"))
     seen: set[str] = set()  # blocks alike are wired alike
-    for path, module in nnx.iter_modules(model):
+    modules: Any = nnx.iter_modules(model)
+    for path, module in modules:
         name = ".".join(map(str, path))
         if starred(name) in seen:
             continue
@@ -161,23 +173,27 @@ def _of_mixer(module: Any, width: int) -> list[Link]:
     """The links of a module with `ticks`: among its levels, and from "outer" to them."""
     nest = module.nest()
     graph, weights = nnx.split(module)
-    of = lambda weights: nnx.merge(graph, weights)
-    x = jax.random.normal(jax.random.key(1), (1, 3, width))
+    x = jax.ShapeDtypeStruct((1, 3, width), jnp.float32)
 
-    def one_head(weights) -> Ticks:
-        params, contexts = of(weights).ticks(x)
-        return Ticks(
-            jax.tree.map(lambda a: a[0], params), jax.tree.map(lambda a: a[0, 2, 0], contexts)
-        )
+    def one_head(weights, x) -> tuple[dict[str, Any], Any]:
+        params, contexts = nnx.merge(graph, weights).ticks(x)
+        first = jax.tree.map(lambda a: a[0], params)
+        return first, jax.tree.map(lambda a: a[0, 2, 0], contexts)
 
-    weights = _some(weights)
-    params, context = one_head(weights)
-    generic = _some(params)
-    starts = lambda weights: {name: Start(p) for name, p in one_head(weights).params.items()}
-    told = lambda weights: of(weights).nest().forward(generic, one_head(weights).contexts)[1]
-    found = links(nest, generic, context)
-    for function in (starts, told):
-        found += [Link("outer", *end) for end in _moved(function, weights)]
+    def starts(weights, x):
+        return {name: Start(params) for name, params in one_head(weights, x)[0].items()}
+
+    def of(weights) -> Nest:
+        module: Any = nnx.merge(graph, weights)
+        return module.nest()
+
+    def told(weights, x, params):
+        return of(weights).forward(params, one_head(weights, x)[1])[1]
+
+    params, context = jax.eval_shape(one_head, weights, x)
+    found = _among(of, params, context, weights)
+    found += [Link("outer", *part) for part in _moved(starts, weights, x)]
+    found += [Link("outer", *part) for part in _moved(told, weights, x, params)]
     # What never fires is learned outside only: it is a part of "outer".
     fires = [name for name, level in nest.levels.items() if level.clock.period is not None]
     outside = lambda link: link if link.source in fires else link._replace(source="outer")
@@ -190,40 +206,39 @@ class Start(NamedTuple):
     initial_state: Any
 
 
-def _moved(function: Callable[[Any], dict[str, Any]], at: PyTree[Array]) -> list[tuple[str, str]]:
-    """(level, part) of every part of what `function` tells levels that moves with its argument."""
-    leaves, tree = jax.tree.flatten(at)
-    moving = [n for n, leaf in enumerate(leaves) if _is_float(leaf)]
+def _moved(function: Callable[..., dict[str, Any]], at: PyTree, *rest: PyTree) -> list[Part]:
+    """(level, part) of every part of what `function` tells levels that reads its first argument.
 
-    def of(numbers):
-        whole = list(leaves)
-        for n, number in zip(moving, numbers, strict=True):
-            whole[n] = number
-        return function(tree.unflatten(whole))
+    Only shapes are needed.
+    """
+    traced, shapes = jax.make_jaxpr(function, return_shape=True)(at, *rest)
+    own = [_is_float(leaf) for leaf in jax.tree.leaves(at)]
+    others = [False] * (len(traced.jaxpr.invars) - len(own))
+    read = iter(_reading(traced.jaxpr, own + others))
+    found = []
+    for level, told in shapes.items():
+        for part, shape in _parts(told):
+            leaves = [(next(read), leaf) for leaf in jax.tree.leaves(shape)]
+            if any(reads and _is_float(leaf) for reads, leaf in leaves):
+                found.append((level, part.replace("_", " ")))
+    return found
 
-    here = [leaves[n] for n in moving]
-    if not here:
-        return []
 
-    def moves(part):
-        floats = [leaf for leaf in jax.tree.leaves(part) if _is_float(leaf)]
-        return functools.reduce(jnp.logical_or, [jnp.any(leaf != 0) for leaf in floats], False)
-
-    @jax.jit
-    def by_part(here, step):
-        _, tangents = jax.jvp(of, (here,), (step,))
-        return {
-            level: {part: moves(tangent) for part, tangent in _parts(told)}
-            for level, told in tangents.items()
-        }
-
-    found = by_part(here, _some(here, seed=2))
-    return [
-        (level, part.replace("_", " "))
-        for level, parts in found.items()
-        for part, moved in parts.items()
-        if moved
-    ]
+def _reading(jaxpr: Any, read: list[bool]) -> list[bool]:
+    """Which results are computed from the arguments that `read` marks."""
+    marked = {variable for variable, mark in zip(jaxpr.invars, read, strict=True) if mark}
+    is_marked = lambda atom: not isinstance(atom, core.Literal) and atom in marked
+    for equation in jaxpr.eqns:
+        marks = [is_marked(atom) for atom in equation.invars]
+        inner = equation.params.get("jaxpr", equation.params.get("call_jaxpr"))
+        inner = getattr(inner, "jaxpr", inner)
+        loops = equation.primitive.name in ("scan", "while")
+        if inner is not None and not loops and len(inner.invars) == len(marks):
+            results = _reading(inner, marks)
+        else:
+            results = [any(marks)] * len(equation.outvars)
+        marked |= {out for out, mark in zip(equation.outvars, results, strict=True) if mark}
+    return [is_marked(atom) for atom in jaxpr.outvars]
 
 
 def _parts(told: Any) -> list[tuple[str, Any]]:

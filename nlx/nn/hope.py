@@ -130,9 +130,10 @@ class SelfModifying(nnx.Module):
     def ticks(self, x: Float[Array, "b t d"]) -> Ticks:
         """What the nests of all heads are run on for a text that begins with x."""
         (streams, query, momentum), _ = self._ask(x, None, None)
-        memories, *slow = self.parameters()
+        start = self.parameters()
+        slow = start.rate_readout, start.rate_bias, start.retain_readout, start.retain_bias
         return Ticks(
-            memories | {"readouts": Readouts(*slow)},
+            start.memories | {"readouts": Readouts(*slow)},
             Token(streams.key, streams.value, streams.gate, query, momentum),
         )
 
