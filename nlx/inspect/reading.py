@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A language model while it reads: what each token costs, and what each memory does with it."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +35,8 @@ def watch(model: LanguageModel, tokens: Int[Array, "b t+1"]) -> Watched:
     x, levels = model.embed(tokens[:, :-1]), {}
     for n, block in enumerate(model.blocks):
         read = block.norm(x)
-        for path, module in nnx.iter_modules(block.mixer):
+        mixer: Any = block.mixer
+        for path, module in nnx.iter_modules(mixer):
             if (ticks := getattr(module, "ticks", None)) is not None:
                 name = ".".join(map(str, ("blocks", n, "mixer", *path)))
                 found = _follow(module, ticks(read))
@@ -44,7 +45,7 @@ def watch(model: LanguageModel, tokens: Int[Array, "b t+1"]) -> Watched:
     return Watched(surprise(model.read_out(x), tokens[:, 1:]), _by_heads(levels))
 
 
-def _follow(module: nnx.Module, ticks: Ticks) -> dict[str, Trace]:
+def _follow(module: Any, ticks: Ticks) -> dict[str, Trace]:
     """`follow` for every row and head; arrays [b, t, h]."""
     params, contexts = jax.tree.map(_wide, tuple(ticks))
     heads = jax.vmap(lambda params, contexts: follow(module.nest(), params, contexts), (0, 1), 1)
