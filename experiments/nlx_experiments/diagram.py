@@ -156,7 +156,9 @@ def _box(axes: Axes, box: Box) -> None:
     write = row.write.split("(")[0]
     size = 10 if len(box.label) < 14 else 8
     lines = (f"{row.objective}, {write}", f"{row.copies} × {row.parameters // row.copies:,}")
-    axes.text(box.x, box.y + 0.27, box.label, ha="center", va="center", fontsize=size, weight="bold")
+    axes.text(
+        box.x, box.y + 0.27, box.label, ha="center", va="center", fontsize=size, weight="bold"
+    )
     for n, line in enumerate(lines):
         y = box.y - 0.06 - 0.25 * n
         axes.text(box.x, y, line, ha="center", va="center", fontsize=7, color="#444444")
@@ -168,7 +170,7 @@ def _frames(axes: Axes, boxes: dict[Key, Box]) -> None:
         x0, x1, y0, y1 = _extent(group, boxes)
         if x1 - x0 > PITCH:
             _rounded(axes, x0, y0, x1 - x0, y1 - y0, "none", "#999999")
-            axes.text(x1 - 0.1, y1 - 0.17, group, ha="right", fontsize=8, color="#777777")
+            axes.text(x0 + 0.05, y1 + 0.05, group, va="bottom", fontsize=8, color="#777777")
 
 
 def _extent(group: str, boxes: dict[Key, Box]) -> tuple[float, float, float, float]:

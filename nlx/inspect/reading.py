@@ -16,12 +16,12 @@ from nlx.nn.recall import Ticks
 class Watched(NamedTuple):
     """What happened while a text was read."""
 
-    bits: Float[Array, "b t"]  # -log2 p of every token but the first
+    bits: Float[Array, "b t-1"]  # -log2 p of every token but the first
     levels: dict[str, Trace]  # path of a level -> arrays [b, t, h], a column a head
 
 
-def watch(model: LanguageModel, tokens: Int[Array, "b t+1"]) -> Watched:
-    """Reads a text, and follows the memories of all mixers over all tokens but the last.
+def watch(model: LanguageModel, tokens: Int[Array, "b t"]) -> Watched:
+    """Reads a text, and follows the memories of all mixers.
 
     Every module with a method `ticks` is followed: its own `nest`, which is what its op computes,
     run tick by tick on what its own maps make of the text. Attention has none, since it keeps
@@ -32,7 +32,7 @@ def watch(model: LanguageModel, tokens: Int[Array, "b t+1"]) -> Watched:
     """
     if tokens.ndim != 2 or tokens.shape[1] < 2:
         raise ValueError(f"`tokens` has shape {tokens.shape}; it must be [b, t], t at least 2.")
-    x, levels = model.embed(tokens[:, :-1]), {}
+    x, levels = model.embed(tokens), {}
     for n, block in enumerate(model.blocks):
         read = block.norm(x)
         mixer: Any = block.mixer
@@ -42,7 +42,7 @@ def watch(model: LanguageModel, tokens: Int[Array, "b t+1"]) -> Watched:
                 found = _follow(module, ticks(read))
                 levels |= {f"{name}.{level}": trace for level, trace in found.items()}
         x, _ = block(x)
-    return Watched(surprise(model.read_out(x), tokens[:, 1:]), _by_heads(levels))
+    return Watched(surprise(model.read_out(x)[:, :-1], tokens[:, 1:]), _by_heads(levels))
 
 
 def _follow(module: Any, ticks: Ticks) -> dict[str, Trace]:
