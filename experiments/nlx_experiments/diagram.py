@@ -178,7 +178,7 @@ def _extent(group: str, boxes: dict[Key, Box]) -> tuple[float, float, float, flo
     own = [box for box in boxes.values() if box.group == group]
     xs, ys = [box.x for box in own], [box.y for box in own]
     alone = len(own) == 1
-    side, above = (0, 0) if alone else (0.22, 0.45)
+    side, above = (0, 0) if alone else (0.22, 0.62)
     return (
         min(xs) - WIDTH / 2 - side,
         max(xs) + WIDTH / 2 + side,
@@ -198,7 +198,8 @@ def _inside(axes: Axes, boxes: dict[Key, Box], handed: Handed) -> None:
     for (source, target), parts in own.items():
         if source == target or source == GRADIENT:
             continue
-        both = own.get((target, source)) == parts
+        back: tuple[str | Key, Key] = (target, source)  # type: ignore[assignment]
+        both = own.get(back) == parts
         if both and str(target) < str(source):
             continue
         a, b = boxes[source], boxes[target]  # type: ignore[index]
@@ -218,9 +219,11 @@ def _bus(axes: Axes, boxes: dict[Key, Box], own: Handed) -> None:
             others = [w for k, w in _kinds(given).items() if k != kind]
             x = box.x - 0.4
             axes.annotate("", (x, y), (x, edge), arrowprops=_style(COLOUR[kind]))
-            place = dict(y=y + 0.13, ha="center") if edge < y else dict(y=edge - 0.3, ha="right")
+            height, side = (y + 0.14, "center") if edge < y else (edge - 0.3, "right")
             words = ", ".join([words, *others])
-            axes.text(x - 0.05, s=words, fontsize=7.5, color=COLOUR[kind], va="center", **place)
+            axes.text(
+                x - 0.05, height, words, fontsize=7.5, color=COLOUR[kind], va="center", ha=side
+            )
         if taken:
             axes.annotate("", (box.x + 0.4, edge), (box.x + 0.4, y), arrowprops=_style("#777777"))
 

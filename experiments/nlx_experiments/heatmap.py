@@ -14,6 +14,7 @@ from nlx.inspect import Trace
 from nlx_experiments import report
 
 COLUMNS = 96
+SMOOTH = 17
 BLOCKS = 4  # at most this many are drawn side by side
 MARKS = {"\n": "↵", "\t": "→", "\0": "∅"}
 
@@ -24,7 +25,7 @@ def draw(
     content: UInt8[np.ndarray, " n"],
     values: Float[np.ndarray, " n"],
     unit: str,
-    most: float | None = None,
+    scale: tuple[float, float] | None = None,
 ) -> None:
     """Draws a text, each byte on ground as dark as its value.
 
@@ -34,16 +35,18 @@ def draw(
       content: bytes in UTF-8; a character stands at its first one.
       values: of each byte.
       unit: beside the scale.
-      most: the value with the darkest ground; None: that which one byte in fifty is above.
+      scale: the values with the lightest and the darkest ground; None: those which one byte in
+        fifty is below, or above.
     """
     places, rows = _places(content)
-    grid = np.full((rows, COLUMNS), np.nan)
+    grid = np.full((rows, max(places[:, 1].max() + 1, COLUMNS // 2)), np.nan)
     grid[tuple(places.T)] = values
-    top = float(np.quantile(values, 0.98)) if most is None else most
-    figure, axes = plt.subplots(figsize=(12, 1.5 + 0.21 * rows), layout="constrained")
-    image = axes.imshow(grid, cmap="YlOrRd", vmin=0, vmax=top, aspect="auto")
+    low, top = np.quantile(values, (0.02, 0.98)) if scale is None else scale
+    size = (1.5 + 0.115 * grid.shape[1], 1.2 + 0.21 * rows)
+    figure, axes = plt.subplots(figsize=size, layout="constrained")
+    image = axes.imshow(grid, cmap="YlOrRd", vmin=low, vmax=top, aspect="auto")
     for (row, column), mark, value in zip(places, _characters(content), values, strict=True):
-        colour = "white" if value > 0.75 * top else "#222222"
+        colour = "white" if value > low + 0.7 * (top - low) else "#222222"
         axes.text(
             column, row, mark, ha="center", va="center_baseline", fontsize=8, family="monospace",
             color=colour,
@@ -82,7 +85,7 @@ def draw_traces(path: pathlib.Path, levels: Mapping[str, Trace]) -> None:
     Args:
       path: the PNG.
       levels: path of a level -> arrays [1, t, h]; drawn are means over heads, of eigenvalues the
-        range over all heads.
+        range over all heads. Strong lines are means over SMOOTH tokens.
     """
     groups: dict[str, dict[str, Trace]] = {}
     for name, trace in levels.items():
@@ -109,7 +112,7 @@ def draw_traces(path: pathlib.Path, levels: Mapping[str, Trace]) -> None:
 
 
 ROWS = (
-    "update, |W_t - W_{t-1}|",
+    "update, $|W_t - W_{t-1}|$",
     "retention",
     "age of what is held [tokens]",
     "eigenvalues of the transition",
@@ -126,18 +129,28 @@ def _curves(axes: Axes, traces: Mapping[str, Trace], of: Callable[[Trace], Any])
         return
     for (name, line), colour in zip(lines.items(), report.COLOURS * 9, strict=False):
         shown = np.where(line > 0, line, np.nan) if axes.get_yscale() == "log" else line
-        axes.plot(shown, color=colour, linewidth=0.9, label=name)
+        axes.plot(shown, color=colour, linewidth=0.7, alpha=0.25)
+        axes.plot(_smooth(line), color=colour, linewidth=1.3, label=name)
 
 
 def _ranges(axes: Axes, traces: Mapping[str, Trace]) -> None:
     """The range of eigenvalues of a level over all heads, as a band."""
-    for (name, trace), colour in zip(traces.items(), report.COLOURS * 9, strict=False):
-        low, high = trace.eigenvalues.low[0].min(-1), trace.eigenvalues.high[0].max(-1)
-        axes.fill_between(np.arange(low.size), low, high, color=colour, alpha=0.15, linewidth=0)
-        axes.plot(low, color=colour, linewidth=0.8, label=name)
-        axes.plot(high, color=colour, linewidth=0.8)
+    for trace, colour in zip(traces.values(), report.COLOURS * 9, strict=False):
+        low, high = (np.asarray(end)[0] for end in trace.eigenvalues)
+        low, high = low.min(-1), high.max(-1)
+        axes.fill_between(np.arange(low.size), low, high, color=colour, alpha=0.07, linewidth=0)
+        axes.plot(_smooth(low), color=colour, linewidth=1.3)
+        axes.plot(_smooth(high), color=colour, linewidth=1.3)
     for value in (-1, 0, 1):
         axes.axhline(value, color="#999999", linewidth=0.7, linestyle=":")
+
+
+def _smooth(values: Float[np.ndarray, " t"]) -> Float[np.ndarray, " t"]:
+    """The mean over the SMOOTH tokens around each, over fewer at both ends."""
+    total = np.cumsum(np.concatenate([[0.0], values]))
+    first = np.maximum(np.arange(values.size) - SMOOTH // 2, 0)
+    last = np.minimum(np.arange(values.size) + SMOOTH // 2 + 1, values.size)
+    return (total[last] - total[first]) / (last - first)
 
 
 def draw_updates(path: pathlib.Path, records: Sequence[Mapping[str, Any]]) -> None:

@@ -105,9 +105,9 @@ def of_run(chosen: TrainConfig, text: pathlib.Path | None) -> None:
         _draw_optimizer(folder / "optimizer.png", chosen.optimizer, rule, params)
     tokens = jnp.concatenate([jnp.array([data.SEPARATOR]), jnp.asarray(content, jnp.int32)])[None]
     watched: Watched = jax.tree.map(np.asarray, nnx.jit(nlx.inspect.watch)(model, tokens))
-    bits = watched.bits[0]
+    bits = np.asarray(watched.bits)[0]
     title = f"What every byte costs: -log2 p, {bits.mean():.2f} bits on average"
-    heatmap.draw(folder / "surprise.png", title, content, bits, "bits", most=8.0)
+    heatmap.draw(folder / "surprise.png", title, content, bits, "bits", (0.0, 8.0))
     pictures["Surprise"] = folder / "surprise.png"
     notes = _memories(folder, content, watched, pictures)
     if watched.levels:
@@ -139,9 +139,11 @@ def _memories(folder, content, watched: Watched, pictures: dict[str, pathlib.Pat
             "update, retention, age or transition to show."
         )
     read = [t for name, t in watched.levels.items() if name.endswith("memory")]
-    relative = [t.surprise[0, 1:].mean(-1) / (t.surprise[0, 1:].mean() + 1e-30) for t in read]
-    title = "What surprises the memories: |gradient|, 1 is the average of the text"
-    heatmap.draw(folder / "inner.png", title, content, np.mean(relative, 0), "|gradient|, relative")
+    sizes = [np.asarray(t.surprise)[0, 1:].mean(-1) for t in read]
+    relative = [size / (size.mean() + 1e-30) for size in sizes]
+    title = "What surprises the memories: |gradient|, 1 on average"
+    inner = np.mean(np.stack(relative), axis=0)
+    heatmap.draw(folder / "inner.png", title, content, inner, "|gradient|, relative")
     pictures["Inner surprise"] = folder / "inner.png"
     heatmap.draw_traces(folder / "memories.png", watched.levels)
     pictures["Memories, token by token"] = folder / "memories.png"
