@@ -67,8 +67,8 @@ def memory_age(
         c_tj = sum_{j <= i <= t} (retain_{i+1} .. retain_t) (momentum_{j+1} .. momentum_i)
 
     c_tj is the share of tick j's step that stands in W_t, s_j the size of that step. 0 where
-    nothing is held. Erasing, which depends on the direction, and where the memory started, which
-    has no age, are left out.
+    nothing is held. Erasing, which depends on the direction, limits at a firing, and where the
+    memory started, which has no age, are left out.
 
     Ticks are the first axis. written: s, >= 0. retain, momentum: gates in [0, 1];
     None: steps arrive at once, c_tj is the product of retain alone.
@@ -148,10 +148,8 @@ def _tick(
     was, now = (write.view(state.params, state.carry) for state in (before, after))
     one = jnp.ones((), jax.tree.leaves(was)[0].dtype)
     gate = lambda value, neutral: neutral * one if value is None else value * one
-    alone = stored._replace(retain=_off(stored.retain, one), momentum=_off(stored.momentum, None),
-                            erase=_off(stored.erase, None))  # fmt: skip
-    zeros = jax.tree.map(jnp.zeros_like, before.carry)
-    step = write.view(before.params, write.tick(before.params, zeros, gradient, alone))
+    nothing = jax.tree.map(jnp.zeros_like, before.carry)
+    step = write.view(before.params, write.tick(before.params, nothing, gradient, stored))
     return dict(
         surprise=norm(gradient),
         update=norm(jax.tree.map(jnp.subtract, now, was)),
@@ -160,11 +158,6 @@ def _tick(
         momentum=gate(stored.momentum, 0),
         eigenvalues=_eigenvalues(level, before.params, stored, gate),
     )
-
-
-def _off(gate: Any, absent: Any) -> Any:
-    """A gate that is shut, where there is one."""
-    return absent if gate is None else 0 * gate
 
 
 def _eigenvalues(level: Level, params: PyTree[Array], stored: Association, gate) -> Range:

@@ -154,13 +154,13 @@ def _of_model(model: LanguageModel) -> list[Link]:
     ]
     for fast in restarts_by_level(model):
         found.append(Link(f"cms_{int(fast.removeprefix('cms_')) + 1}", fast, "initial state"))
-    seen: set[str] = set()  # blocks alike are wired alike
+    seen: set[tuple[type, str]] = set()  # blocks alike are wired alike
     modules: Any = nnx.iter_modules(model)
     for path, module in modules:
         name = ".".join(map(str, path))
-        if starred(name) in seen:
+        if (kind := (type(module), starred(name))) in seen:
             continue
-        seen.add(starred(name))
+        seen.add(kind)
         if hasattr(module, "ticks"):
             width = model.config.width
             found += [_named(link, name, module.nest()) for link in _of_mixer(module, width)]
