@@ -31,6 +31,7 @@ CHUNK, SOLVE = "kernels/nlx_kernels/_chunk.py", "kernels/nlx_kernels/_solve.py"
 WINDOWS = "kernels/nlx_kernels/_windows.py"
 HOPE = "kernels/nlx_kernels/self_modifying_memory/xla.py"
 OF_MLP, OF_HOPE = "kernels/test_mlp_memory.py", "kernels/test_self_modifying_memory.py"
+TRACES = "nlx/inspect/traces.py"
 CMS, STREAM, OF_CMS = "nlx/nn/cms.py", "nlx/nn/continuum.py", "nlx/nn/test_continuum.py"
 
 MUTATIONS = (
@@ -273,6 +274,55 @@ MUTATIONS = (
         "x = x + hidden @ down",
         "x = hidden @ down",
         "kernels/test_cms_chain.py",
+    ),
+    Mutation(
+        "the erasing of the delta rule's own gradient in its eigenvalues",
+        TRACES,
+        "        erase += rate\n",
+        "        pass\n",
+        "nlx/inspect/test_traces.py",
+    ),
+    Mutation(
+        "the momentum in the age of a memory",
+        TRACES,
+        "moving = carry_on * moving + step",
+        "moving = step",
+        "nlx/inspect/test_traces.py",
+    ),
+    Mutation(
+        "the tick that passes for what is held",
+        TRACES,
+        "keep * (held_age + held)",
+        "keep * held_age",
+        "nlx/inspect/test_traces.py",
+    ),
+    Mutation(
+        "the updates that are shown",
+        TRACES,
+        "for state in (before, after))",
+        "for state in (before, before))",
+        "nlx/inspect/test_reading.py",
+    ),
+    Mutation(
+        "the persistent tokens before a text that is watched",
+        "nlx/nn/neural_memory.py",
+        'return Ticks({"memory": self.begin()[1]}',
+        'return Ticks({"memory": self.memory.weights()}',
+        "nlx/inspect/test_reading.py",
+    ),
+    Mutation(
+        "the surprise in bits, not nats",
+        TRACES,
+        "[..., 0] / math.log(2)",
+        "[..., 0]",
+        "nlx/inspect/test_traces.py",
+    ),
+    Mutation(
+        "the steps into functions when a wiring is traced",
+        "nlx/inspect/wiring.py",
+        "results = _reading(inner, marks)",
+        "results = [False] * len(equation.outvars)",
+        "nlx/inspect/test_wiring.py",
     ),
 )
 

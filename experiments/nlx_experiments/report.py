@@ -107,7 +107,7 @@ def plot_losses(
         axes.axhline(bits, color="#888888", linestyle=dash, label=name)
     axes.set(xlabel="bytes seen [millions]", ylabel="training loss [bits per byte]")
     axes.legend(frameon=False)
-    _save(figure, path)
+    save(figure, path)
 
 
 def plot_levels(path: pathlib.Path, records: Sequence[Mapping[str, Any]]) -> None:
@@ -118,7 +118,7 @@ def plot_levels(path: pathlib.Path, records: Sequence[Mapping[str, Any]]) -> Non
         axes.plot(seen, [r["moved"][name] for r in records], color=colour, label=name)
     axes.set(xlabel="bytes seen [millions]", ylabel="distance from the start, |p - p0| / |p0|")
     axes.legend(frameon=False)
-    _save(figure, path)
+    save(figure, path)
 
 
 class Panel(NamedTuple):
@@ -145,7 +145,7 @@ def plot_panels(path: pathlib.Path, panels: Sequence[Panel], columns: int = 4) -
             axes.plot(x, y, color=colour or "#bbbbbb", linewidth=width, label=name)
         axes.set(title=panel.title, xlabel="steps", yscale="log" if panel.log else "linear")
         axes.legend(frameon=False, fontsize=7)
-    _save(figure, path)
+    save(figure, path)
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:
@@ -160,7 +160,8 @@ def _smooth(values: np.ndarray) -> np.ndarray:
     return np.where(counted > 0, (total[last] - total[first]) / np.maximum(counted, 1), np.nan)
 
 
-def _save(figure: Figure, path: pathlib.Path) -> None:
+def save(figure: Figure, path: pathlib.Path) -> None:
+    """Writes a picture whole or not at all, and closes it."""
     half = path.with_name(path.name + ".half")
     figure.savefig(half, dpi=120, format="png")
     plt.close(figure)

@@ -3,7 +3,7 @@
 
     nlx train PRESET [--data PATH ...] [--run DIR] [--steps N] [--field value]
     nlx generate RUN --prompt TEXT
-    nlx inspect PRESET|RUN
+    nlx inspect PRESET|OPTIMIZER|RUN [--text FILE]
     nlx run EXPERIMENT
 
 Bad input gets one sentence and exit code 2; a run stopped by SIGINT or SIGTERM is saved and exits
@@ -15,7 +15,6 @@ import contextlib
 import difflib
 import io
 import os
-import pathlib
 import re
 import signal
 import sys
@@ -47,15 +46,11 @@ def generate(argv: list[str]) -> None:
 
 
 def inspect(argv: list[str]) -> None:
-    """Prints the levels of a preset or a run."""
-    from nlx_experiments import config, learner
+    """Shows the levels of a preset, an optimizer or a run, and what a run does with a text."""
+    from nlx_experiments import whitebox
 
-    name = _first(argv, "inspect", "PRESET or RUN")
-    is_run = (pathlib.Path(name) / "config.json").exists()
-    chosen = config.of_run(pathlib.Path(name)) if is_run else config.make(name)
-    if argv[1:]:
-        raise Refused(f"`nlx inspect` takes one name; it was given {' '.join(argv)}.")
-    print(learner.levels(chosen))
+    _first(argv, "inspect", "PRESET, OPTIMIZER or RUN", default="hope-tiny")
+    whitebox.main(_parse(whitebox.Inspect, argv, "nlx inspect"))
 
 
 def experiment(argv: list[str]) -> None:

@@ -16,8 +16,9 @@ from nlx.nn.convolution import Window
 from nlx.nn.gate import Gate
 from nlx.nn.linear import Linear, check_sizes, normal, parameter
 from nlx.nn.norm import RMSNorm
+from nlx.nn.recall import Ticks
 from nlx.nn.stream import Streams, unit
-from nlx.self_modifying import BOXES, self_modifying_nest
+from nlx.self_modifying import BOXES, Readouts, Token, self_modifying_nest
 
 STREAMS = ("query", "key", "value", "gate")
 INITIAL_RATE = 0.2
@@ -126,6 +127,16 @@ class SelfModifying(nnx.Module):
             adaptive_query="query" in self.boxes,
         )
 
+    def ticks(self, x: Float[Array, "b t d"]) -> Ticks:
+        """What the nests of all heads are run on for a text that begins with x."""
+        (streams, query, momentum), _ = self._ask(x, None, None)
+        start = self.parameters()
+        slow = start.rate_readout, start.rate_bias, start.retain_readout, start.retain_bias
+        return Ticks(
+            start.memories | {"readouts": Readouts(*slow)},
+            Token(streams.key, streams.value, streams.gate, query, momentum),
+        )
+
     def init_state(
         self, batch: int, capacity: int | None = None, dtype: DTypeLike | None = None
     ) -> HopeState:
@@ -165,19 +176,27 @@ class SelfModifying(nnx.Module):
           state: as returned; None: nothing came before.
           segment_ids: a new segment starts from the parameters; see `nlx.nn.segments`.
         """
-        made, windows = self.streams(x, None if state is None else state.windows, segment_ids)
-        query, key, value, gate = (made[name] for name in STREAMS)
+        windows = None if state is None else state.windows
+        (streams, query, momentum), windows = self._ask(x, windows, segment_ids)
         y, memory = ops.self_modifying_memory(
-            ops.Streams(key, value, gate),
-            query if "query" in self.boxes else unit(query),
+            streams,
+            query,
             parameters=self.parameters(),
             state=None if state is None else state.memory,
             chunk_size=self.chunk_size,
             projection_chunk_size=self.projection_chunk_size,
             read=self.read,
-            momentum=None if self.momentum is None else self.momentum(x),
+            momentum=momentum,
             erase=self.erase,
             segment_ids=segment_ids,
         )
         y = self.norm(y).reshape(x.shape) * jax.nn.silu(self.gate(x))
         return self.output(y), HopeState(windows, memory)
+
+    def _ask(self, x: Float[Array, "b t d"], windows: dict[str, Window] | None, segment_ids):
+        """Streams, queries and momentum as the op takes them, and the convolutions' inputs."""
+        made, windows = self.streams(x, windows, segment_ids)
+        query, key, value, gate = (made[name] for name in STREAMS)
+        query = query if "query" in self.boxes else unit(query)
+        momentum = None if self.momentum is None else self.momentum(x)
+        return (ops.Streams(key, value, gate), query, momentum), windows

@@ -14,7 +14,7 @@ from nlx.level import Association, associative_memory
 from nlx.nest import Nest
 from nlx.nn.linear import check_sizes
 from nlx.nn.readout import ReadOut
-from nlx.nn.recall import Asked, recall
+from nlx.nn.recall import Asked, Ticks, recall
 from nlx.nn.stream import Streams
 
 
@@ -71,6 +71,11 @@ class LinearMemory(nnx.Module):
         memory = memories.linear(self.key_dim, self.value_dim)
         write = writes.gated(memory.inputs if self.erases else None, momentum=False)
         return recall(memory, associative_memory(memory, self.objective, write, Clock(1)))
+
+    def ticks(self, x: Float[Array, "b t d"]) -> Ticks:
+        """What the nests of all heads are run on for a text that begins with x."""
+        empty = self.init_state(1, dtype=x.dtype).memory[0]
+        return Ticks({"memory": empty}, self.ask(x, None, None)[0])
 
     def init_state(
         self, batch: int, capacity: int | None = None, dtype: DTypeLike | None = None

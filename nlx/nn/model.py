@@ -79,11 +79,18 @@ class LanguageModel(nnx.Module):
           ValueError, TypeError: one sentence, before anything is compiled.
         """
         self._check(tokens, state, segment_ids)
-        x = self.embedding(tokens).astype(self._dtype())
-        x, after = self._scan_blocks(x, state, segment_ids)
+        x, after = self._scan_blocks(self.embed(tokens), state, segment_ids)
+        return self.read_out(x), after
+
+    def embed(self, tokens: Int[Array, "b t"]) -> Float[Array, "b t d"]:
+        """What the first block is given."""
+        return self.embedding(tokens).astype(self._dtype())
+
+    def read_out(self, x: Float[Array, "b t d"]) -> Float[Array, "b t s"]:
+        """Scores of the next token, at least float32, from what the last block gave."""
         x = self.norm(x)
         scores = self.embedding.scores(x) if self.readout is None else self.readout(x)
-        return scores.astype(jnp.promote_types(jnp.float32, scores.dtype)), after
+        return scores.astype(jnp.promote_types(jnp.float32, scores.dtype))
 
     def _scan_blocks(self, x, state: ModelState | None, segment_ids):
         """All blocks in order: those of one pattern are compiled, and scanned over its repeats."""

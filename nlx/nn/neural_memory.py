@@ -16,7 +16,7 @@ from nlx.nest import Nest
 from nlx.nn.convolution import Window
 from nlx.nn.gate import Gate
 from nlx.nn.linear import check_sizes, normal
-from nlx.nn.recall import Asked, recall
+from nlx.nn.recall import Asked, Ticks, recall
 from nlx.nn.stream import Streams, unit
 
 Read = Literal["after_write", "chunk_start"]
@@ -180,6 +180,10 @@ class NeuralMemory(nnx.Module):
         """One head as a level on its clock: what the op computes in parallel."""
         memory, level = self.memory.of_one_head()
         return recall(memory, level, after_write=self.memory.read == "after_write")
+
+    def ticks(self, x: Float[Array, "b t d"]) -> Ticks:
+        """What the nests of all heads are run on for a text that begins with x, after P."""
+        return Ticks({"memory": self.begin()[1]}, self.ask(x, None, None)[0])
 
     def ask(
         self,

@@ -17,6 +17,13 @@ class Asked(NamedTuple):
     stored: Association  # key [b, t, h, k], value [b, t, h, v], gates [b, t, h] or None
 
 
+class Ticks(NamedTuple):
+    """What a mixer's nest is run on, one nest a head: its `nest` tick by tick is the mixer."""
+
+    params: dict[str, Any]  # level -> where it starts, [h, ...]
+    contexts: Any  # [b, t, h, ...]
+
+
 def recall(memory: Memory, level: Level, *, after_write: bool = True) -> Nest:
     """One level "memory" whose output is what it recalls.
 

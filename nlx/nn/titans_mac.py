@@ -17,6 +17,7 @@ from nlx.nn.attention import Attention, Part, attend
 from nlx.nn.linear import Linear, check_sizes
 from nlx.nn.neural_memory import STREAMS, DeepMemory, Read, persistent_tokens
 from nlx.nn.norm import RMSNorm
+from nlx.nn.recall import Ticks
 from nlx.nn.rotary import rotate
 from nlx.nn.segments import positions
 from nlx.nn.stream import unit
@@ -158,6 +159,18 @@ class TitansMAC(nnx.Module):
             return self._read_out(attended, _join(_swap(recalled)))[0, 0]
 
         return Nest(dict.fromkeys(names, level), forward, read=read)
+
+    def ticks(self, x: Float[Array, "b t d"]) -> Ticks:
+        """What the nest, one for all heads, is run on for a text that begins with x."""
+        t, size = x.shape[1], self.memory.chunk_size
+        padded = jnp.pad(x, ((0, 0), (0, -t % size), (0, 0)))
+        chunks = padded.reshape(len(x), -1, size, x.shape[2])
+        place = jnp.broadcast_to(jnp.arange(t) % size, (len(x), t))
+        weights = self.memory.weights()
+        params = {
+            f"memory.{n}": tuple(w[n][None] for w in weights) for n in range(self.memory.heads)
+        }
+        return Ticks(params, (chunks[:, jnp.arange(t) // size, None], place[..., None]))
 
     def init_state(
         self, batch: int, capacity: int | None = None, dtype: DTypeLike | None = None

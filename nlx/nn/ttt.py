@@ -16,7 +16,7 @@ from nlx.nn.convolution import Convolution, Window
 from nlx.nn.gate import Gate
 from nlx.nn.linear import Linear, check_sizes, normal
 from nlx.nn.readout import ReadOut
-from nlx.nn.recall import Asked, recall
+from nlx.nn.recall import Asked, Ticks, recall
 
 STREAMS = ("query", "key", "value")
 INITIAL_SCALE = 0.02
@@ -102,6 +102,10 @@ class TTT(nnx.Module):
         write = writes.gated(momentum=False)
         clock = Clock(self.chunk_size)
         return recall(memory, associative_memory(memory, objectives.l2, write, clock))
+
+    def ticks(self, x: Float[Array, "b t d"]) -> Ticks:
+        """What the nests of all heads are run on for a text that begins with x."""
+        return Ticks({"memory": self.weights()}, self.ask(x, None, None)[0])
 
     def weights(self) -> tuple[Float[Array, "h i o"], ...]:
         """Where f starts."""

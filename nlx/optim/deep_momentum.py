@@ -120,6 +120,10 @@ def scale_by_deep_momentum(
     def nest(leaf):
         return _nest(leaf, deep)
 
+    def context(gradient, scale, tick) -> Moment:
+        share = debiased(decay)
+        return Moment(gradient, scale, share(tick), share(tick + 1))
+
     def init(param, position):
         del position
         levels, dtype = nest(param).levels, wide_dtype(param)
@@ -131,11 +135,11 @@ def scale_by_deep_momentum(
     def step(fields, gradient, param, tick):
         del param
         mu, square, phi = fields
-        share, slow = debiased(decay), debiased(scale_decay)(tick)
+        slow = debiased(scale_decay)(tick)
         if robust is not None:
             gradient = _shortened(gradient, square, robust, memory, tick)
         square = square + slow.astype(square.dtype) * (_mean_square(gradient) - square)
-        moment = Moment(gradient, _root(square), share(tick), share(tick + 1))
+        moment = context(gradient, _root(square), tick)
         leaf_nest, weights = nest(gradient), {"average": mu, "deep": phi}
         states = leaf_nest.start({name: weights[name] for name in leaf_nest.levels})
         states, update = leaf_nest.step(states, moment)

@@ -50,6 +50,9 @@ def scale_by_dgd(
     """
     check_range("gamma", gamma)
 
+    def level(like, eta) -> Level:
+        return _level(like, eta, jnp.asarray(gamma, wide_dtype(like)))
+
     def update_fn(updates, state, params=None, *, input_gram=None, **extra_args):
         del extra_args
         if params is None:
@@ -60,7 +63,7 @@ def scale_by_dgd(
                 "`input_taps`: tx.update(gradients, state, params, input_gram=...); got None."
             )
         eta = learning_rate(state.tick) if callable(learning_rate) else learning_rate
-        step = lambda g, w, c: g if _absent(g) else _step(g, w, c, eta, gamma)
+        step = lambda g, w, c: g if _absent(g) else _step(g, w, c, eta, level)
         moved = jax.tree.map(step, updates, params, input_gram, is_leaf=_absent)
         return moved, DGDState(increment(state.tick))
 
@@ -93,7 +96,7 @@ class Delta(NamedTuple):
     gram: Float[Array, "..."]  # C, or a scalar
 
 
-def _step(gradient, weight, gram, eta, gamma):
+def _step(gradient, weight, gram, eta, level):
     """The update of one leaf, in its dtype."""
     if gram.ndim not in (0, 2) or (gram.ndim == 2 and gram.shape != (weight.shape[0],) * 2):
         raise ValueError(
@@ -101,10 +104,10 @@ def _step(gradient, weight, gram, eta, gamma):
             f"got {gram.shape}."
         )
     dtype = wide_dtype(gradient)
-    g, w, c, eta, gamma = (jnp.asarray(x, dtype) for x in (gradient, weight, gram, eta, gamma))
-    level = _level(w, eta, gamma)
-    state = level.start(jnp.zeros_like(w))
-    return -level.step(state, Delta(g, w, c)).params.astype(gradient.dtype)
+    g, w, c, eta = (jnp.asarray(x, dtype) for x in (gradient, weight, gram, eta))
+    one = level(w, eta)
+    state = one.start(jnp.zeros_like(w))
+    return -one.step(state, Delta(g, w, c)).params.astype(gradient.dtype)
 
 
 def _level(like, eta, gamma) -> Level:
@@ -113,17 +116,23 @@ def _level(like, eta, gamma) -> Level:
     D <- D - (I + eta gamma C)^-1 (G + gamma C W) from D = 0: (W+ - W) / eta without cancellation.
     """
 
-    def loss(step, delta: Delta):
+    def dot_product_and_norm(step, delta: Delta):
         moved = gathered(delta.weight + step)
         forgotten = 0.5 * jnp.sum(moved * _times(gathered(delta.gram), moved))
         return jnp.sum(step * delta.gradient) + gamma * forgotten
+
+    write = _implicit(eta, gamma)
+    return Level(lambda key: jnp.zeros_like(like), dot_product_and_norm, write, Clock(1))
+
+
+def _implicit(eta, gamma) -> Write:
+    """D <- D - (I + eta gamma C)^-1 g."""
 
     def tick(params, carry, gradient, delta: Delta):
         del params
         return carry - across(lambda g: _solve(eta * gamma, gathered(delta.gram), g), gradient)
 
-    write = Write(lambda params: params, tick, lambda params, carry: (carry, carry))
-    return Level(lambda key: jnp.zeros_like(like), loss, write, Clock(1))
+    return Write(lambda params: params, tick, lambda params, carry: (carry, carry))
 
 
 def _times(gram, x):

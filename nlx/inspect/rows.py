@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The white box: levels of a model or an optimizer as a table, read off its Levels and Nests."""
+"""Levels of a model or an optimizer as a table, read off its Levels and Nests."""
 
 import dataclasses
 import functools
@@ -81,7 +81,7 @@ def levels(thing: Any, params: Any = None) -> list[Row]:
         [
             row
             for leaf in jax.tree.leaves(params)
-            for name, nest in _nests_of(thing, leaf)
+            for name, nest, _ in nests_of(thing, leaf)
             for row in _of_nest(name, nest, "step", 1, in_context=True)
         ]
     )
@@ -142,19 +142,35 @@ def _own_nest(module: nnx.Module) -> Nest | None:
     return nest() if nest is not None else None if level is None else _alone(level())
 
 
-def _nests_of(tx: optax.GradientTransformation, leaf: Any) -> list[tuple[str, Nest]]:
-    """(factory, nest) for every function `level` or `nest` of a leaf that `tx` is made of."""
-    found = []
-    for function in _reachable(tx, leaf):
+def nests_of(
+    tx: optax.GradientTransformation, leaf: Any
+) -> list[tuple[str, Nest, Callable | None]]:
+    """(factory, nest, context) for every function `level` or `nest` of a leaf that `tx` is made of.
+
+    context: the function of that name that stands beside it in a closure and makes what the levels
+    are told of a gradient; None where there is none.
+    """
+    found, functions = [], _reachable(tx, leaf)
+    beside = {}
+    for function in functions:
+        inside = inspect.getclosurevars(function).nonlocals
+        beside |= {id(inside.get(name)): inside.get("context") for name in ("level", "nest")}
+    for function in functions:
         if function.__name__ in ("level", "nest"):
-            more = (
-                len(inspect.signature(function).parameters) - 1
-            )  # extra arguments, if it takes them
+            more = len(inspect.signature(function).parameters) - 1  # rates, extra arguments
             made = function(leaf, *[{}] * more)
             if isinstance(made, Level | Nest):
                 factory = function.__qualname__.split(".")[0]
-                found.append((factory, _alone(made) if isinstance(made, Level) else made))
+                same = sum(name.split(" ")[0] == factory for name, *_ in found)
+                factory += f" {same + 1}" if same else ""
+                nest = _alone(made) if isinstance(made, Level) else made
+                found.append((factory, nest, beside.get(id(function))))
     return found
+
+
+def starred(name: str) -> str:
+    """A path with every index written *."""
+    return ".".join("*" if part.isdigit() else part for part in name.split("."))
 
 
 def _reachable(root: Any, leaf: Any) -> list[Callable]:
@@ -188,8 +204,7 @@ def _together(rows: Sequence[Row]) -> list[Row]:
     """Rows that differ only in an index of their path, as one."""
     groups: dict[tuple, list[Row]] = {}
     for row in rows:
-        name = ".".join("*" if part.isdigit() else part for part in row.name.split("."))
-        groups.setdefault((name, row[3:]), []).append(row)
+        groups.setdefault((starred(row.name), row[3:]), []).append(row)
     return [
         Row(name, sum(row.copies for row in group), sum(row.parameters for row in group), *rest)
         for (name, rest), group in groups.items()
@@ -233,7 +248,7 @@ def _write(write: Write | None) -> str:
     given: dict[str, Any] = {}
     for function in filter(None, write):
         given |= inspect.getclosurevars(function).nonlocals
-    factory = write.init.__qualname__.split(".")[0]
+    factory = write.init.__qualname__.split(".")[0].lstrip("_")
     return f"{factory}({', '.join(_given(given))})".removesuffix("()")
 
 

@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The arrows of a picture of nested levels: what each level hands to others."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from matplotlib.axes import Axes
+from matplotlib.patches import FancyBboxPatch
+
+from nlx.inspect import Row
+from nlx_experiments import report
+
+GRADIENT = "gradient"
+KINDS = {
+    "initial state": ("initial state",),
+    "keys and values": ("key", "value", "context"),
+    "gates": ("rate", "retain", "momentum", "erase"),
+    "gradient": ("gradient",),
+}
+COLOUR = dict(zip(KINDS, report.COLOURS, strict=False))
+PITCH, WIDTH, HEIGHT = 2.9, 2.4, 1.05  # from column to column, and the size of a box
+
+
+Key = tuple[str, str]
+Handed = dict[tuple[str | Key, Key], list[str]]
+
+
+class Box(NamedTuple):
+    """One level, or equal ones together, in the picture."""
+
+    group: str  # what it belongs to: pre-training, a mixer, an optimizer's transformation
+    label: str
+    row: Row
+    x: float
+    y: float
+
+
+def extent(group: str, boxes: dict[Key, Box]) -> tuple[float, float, float, float]:
+    """Left, right, bottom and top of a group, its bus included."""
+    own = [box for box in boxes.values() if box.group == group]
+    xs, ys = [box.x for box in own], [box.y for box in own]
+    alone = len(own) == 1
+    side, above = (0, 0) if alone else (0.22, 0.62)
+    return (
+        min(xs) - WIDTH / 2 - side,
+        max(xs) + WIDTH / 2 + side,
+        min(ys) - HEIGHT / 2 - (0 if alone else 0.15),
+        max(ys) + HEIGHT / 2 + above,
+    )
+
+
+def within(axes: Axes, boxes: dict[Key, Box], handed: Handed) -> None:
+    """Arrows within a group: one line that all read, where most boxes read most others."""
+    own = {pair: parts for pair, parts in handed.items() if set(pair) <= set(boxes)}
+    across = [pair for pair in own if pair[0] != pair[1]]
+    sources = {source for source, _ in across}
+    if len(boxes) > 2 and len(across) >= len(sources) * (len(boxes) - 1) > 0:
+        _bus(axes, boxes, own)
+        return
+    for (source, target), parts in own.items():
+        if source == target or source == GRADIENT:
+            continue
+        back: tuple[str | Key, Key] = (target, source)  # type: ignore[assignment]
+        both = own.get(back) == parts
+        if both and str(target) < str(source):
+            continue
+        a, b = boxes[source], boxes[target]  # type: ignore[index]
+        _arrow(axes, a, b, parts, both)
+
+
+def _bus(axes: Axes, boxes: dict[Key, Box], own: Handed) -> None:
+    low = min(box.y for box in boxes.values())
+    y = low + HEIGHT / 2 + 0.28
+    xs = [box.x for box in boxes.values()]
+    axes.plot([min(xs) - 0.4, max(xs) + 0.4], [y, y], color="#777777", linewidth=1.5)
+    for key, box in boxes.items():
+        edge = box.y + (HEIGHT / 2 if box.y < y else -HEIGHT / 2)
+        given = [p for (source, target), ps in own.items() if source == key != target for p in ps]
+        taken = any(target == key != source for source, target in own)
+        for kind, words in list(_kinds(given).items())[:1]:
+            others = [w for k, w in _kinds(given).items() if k != kind]
+            x = box.x - 0.4
+            axes.annotate("", (x, y), (x, edge), arrowprops=_style(COLOUR[kind]))
+            height, side = (y + 0.14, "center") if edge < y else (edge - 0.3, "right")
+            words = ", ".join([words, *others])
+            axes.text(
+                x - 0.05, height, words, fontsize=7.5, color=COLOUR[kind], va="center", ha=side
+            )
+        if taken:
+            axes.annotate("", (box.x + 0.4, edge), (box.x + 0.4, y), arrowprops=_style("#777777"))
+
+
+class Arrow(NamedTuple):
+    """From the slow parameters to what stands above them."""
+
+    x: float
+    bottom: float
+    kind: str
+    words: str
+    lower: float  # how far below the end the words stand
+
+
+def from_outer(axes: Axes, boxes: dict[Key, Box], handed: Handed) -> None:
+    """One arrow a kind from the slow parameters to every group above them."""
+    outer = ("pre-training", "outer")
+    others = [box for box in boxes.values() if box.group != outer[0]]
+    if outer not in boxes or not others:
+        return
+    arrows = []
+    for group in dict.fromkeys(box.group for box in others):
+        told = [p for (a, b), ps in handed.items() if a == outer and b[0] == group for p in ps]
+        left, right, bottom, _ = extent(group, boxes)
+        kinds = list(_kinds(told).items())
+        for n, (kind, words) in enumerate(kinds):
+            x = left + (n + 1) / (len(kinds) + 1) * (right - left)
+            lower = 0.42 + (0.24 * n if right - left < 2 * PITCH else 0)
+            arrows.append(Arrow(x, bottom, kind, words, lower))
+    box, start = boxes[outer], boxes[outer].y + HEIGHT / 2
+    room = min(arrow.bottom for arrow in arrows) - 1.15 - (start + 0.55)
+    far = sorted(arrows, key=lambda arrow: -abs(arrow.x - box.x))  # the farther, the lower
+    for n, arrow in enumerate(sorted(arrows)):
+        x = box.x + WIDTH * ((n + 1) / (len(arrows) + 1) - 0.5)
+        y = start + 0.55 + room * far.index(arrow) / max(1, len(arrows) - 1)
+        ys = [start, y, y, arrow.bottom - 0.1]
+        axes.plot([x, x, arrow.x, arrow.x], ys, color=COLOUR[arrow.kind], linewidth=1.4, zorder=0)
+        ends = (arrow.x, arrow.bottom), (arrow.x, arrow.bottom - 0.2)
+        axes.annotate("", *ends, arrowprops=_style(COLOUR[arrow.kind]))
+    for arrow in arrows:
+        _words(axes, arrow.x, arrow.bottom - arrow.lower, arrow.words, arrow.kind)
+
+
+def from_gradients(axes: Axes, boxes: dict[Key, Box], handed: Handed, y: float) -> None:
+    """The stream of gradients, which an optimizer's levels learn from, above them."""
+    reached = [target for source, target in handed if source == GRADIENT]
+    centre = sum(boxes[target].x for target in reached) / len(reached)
+    axes.text(
+        centre, y, "gradients", ha="center", va="center", fontsize=10, weight="bold",
+        bbox=dict(boxstyle="round,pad=0.4", facecolor="#fbeaf3", edgecolor=COLOUR["gradient"]),
+    )  # fmt: skip
+    for target in reached:
+        box, words = boxes[target], ", ".join(handed[GRADIENT, target])
+        start = centre + max(-0.7, min(0.7, 0.3 * (box.x - centre))), y - 0.27
+        end = box.x, box.y + HEIGHT / 2
+        axes.annotate("", end, start, arrowprops=_style(COLOUR["keys and values"]))
+        share = 0.55 if box.y == max(b.y for b in boxes.values()) else 0.8
+        x, height = ((1 - share) * a + share * b for a, b in zip(start, end, strict=True))
+        _words(axes, x, height, words, "keys and values")
+
+
+def _arrow(axes: Axes, a: Box, b: Box, parts: Sequence[str], both: bool) -> None:
+    """From one box to another of its group."""
+    kind = next(iter(_kinds(parts)))
+    if a.y == b.y:
+        side = 1 if b.x > a.x else -1
+        start, end = (a.x + side * WIDTH / 2, a.y), (b.x - side * WIDTH / 2, b.y)
+    else:
+        side = 1 if b.y > a.y else -1
+        start, end = (a.x, a.y + side * HEIGHT / 2), (b.x, b.y - side * HEIGHT / 2)
+    style = _style(COLOUR[kind]) | dict(arrowstyle="<|-|>" if both else "-|>")
+    axes.annotate("", end, start, arrowprops=style)
+    x, y = (start[0] + end[0]) / 2, (start[1] + end[1]) / 2
+    _words(axes, x, y + (0.72 if a.y == b.y else 0), ", ".join(parts), kind)
+
+
+def _words(axes: Axes, x: float, y: float, words: str, kind: str) -> None:
+    box = dict(boxstyle="round,pad=0.15", facecolor="white", edgecolor="none", alpha=0.85)
+    axes.text(x, y, words, ha="center", va="center", fontsize=7.5, color=COLOUR[kind], bbox=box)
+
+
+def _style(colour: str) -> dict:
+    return dict(arrowstyle="-|>", color=colour, linewidth=1.4, shrinkA=0, shrinkB=0)
+
+
+def rounded(axes: Axes, x, y, width, height, face: str, edge: str) -> None:
+    """A rectangle with round corners, from its left lower one."""
+    style = "round,pad=0,rounding_size=0.12"
+    patch = FancyBboxPatch((x, y), width, height, boxstyle=style, facecolor=face, edgecolor=edge)
+    axes.add_patch(patch)
+
+
+def legend(axes: Axes, handed: Handed) -> None:
+    """What the colours mean, as far as they occur."""
+    used = {kind for parts in handed.values() for kind in _kinds(parts)}
+    for kind in KINDS:
+        if kind in used:
+            axes.plot([], [], color=COLOUR[kind], label=kind)
+    if used:
+        axes.legend(loc="lower right", ncols=len(used), frameon=False, fontsize=8)
+
+
+def _kinds(parts: Sequence[str]) -> dict[str, str]:
+    """Kind -> its parts in words."""
+    found = {kind: [p for p in of if p in parts] for kind, of in KINDS.items()}
+    return {kind: ", ".join(of) for kind, of in found.items() if of}

@@ -1,0 +1,103 @@
+"""`nlx inspect` on presets, optimizers and runs: tables, pictures, one page."""
+
+import json
+import pathlib
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+from nlx_experiments import config, heatmap, learner, run, whitebox
+
+MODEL = dict(width=8, layers=1, heads=2, hidden=8, memory_hidden=4)
+TEXT = "def é(x):\n\treturn '日本' + x\x01 # end\n"
+
+
+@pytest.fixture(autouse=True)
+def folder(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def shown(*paths):
+    """Every path is a picture with something on it."""
+    for path in paths:
+        pixels = plt.imread(path)
+        assert min(pixels.shape[:2]) > 100
+        assert pixels.std() > 0.02
+
+
+def begun(monkeypatch, preset, optimizer="adamw", **fields):
+    """A run of a small model that has not learned."""
+    chosen = config.to_json(config.make(preset, optimizer=optimizer, run=pathlib.Path("some")))
+    chosen["model"] |= MODEL | fields
+    pathlib.Path("some").mkdir()
+    pathlib.Path("some/config.json").write_text(json.dumps(chosen))
+    pathlib.Path("text").write_text(TEXT)
+    record = {"step": 1, "updates": {"outer": 0.5, "cms_0": 0.0}}
+    pathlib.Path("some/metrics.jsonl").write_text(json.dumps(record) + "\n")
+    monkeypatch.setattr(learner, "load", learner.build)
+
+
+def test_a_run_gets_pictures_and_a_page(monkeypatch, capsys):
+    begun(monkeypatch, "hope-tiny", "dmgd", chunk_size=4, projection_chunk_size=8)
+    assert run.main(["inspect", "some", "--text", "text"]) == 0
+    out = capsys.readouterr().out
+    assert "blocks.*.mixer.memory" in out  # the levels
+    assert "blocks.0.mixer.retain" in out  # what they did
+    assert "scale_by_deep_momentum.deep" in out  # the optimizer
+    assert "The page: some/inspect/index.html" in out
+    names = ("levels", "optimizer", "surprise", "inner", "memories", "training")
+    shown(*(f"some/inspect/{name}.png" for name in names))
+    page = pathlib.Path("some/inspect/index.html").read_text()
+    assert page.count("data:image/png;base64,") == len(names)
+
+
+def test_a_transformer_says_what_it_has_not(monkeypatch, capsys):
+    begun(monkeypatch, "transformer++-tiny")
+    assert run.main(["inspect", "some", "--text", "text"]) == 0
+    assert "attention, which keeps tokens as they are" in capsys.readouterr().out
+    drawn = {path.stem for path in pathlib.Path("some/inspect").glob("*.png")}
+    assert drawn == {"levels", "surprise", "training"}
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("missing", "missing, which cannot be read: No such file"),
+        ("empty", "empty, which is empty"),
+    ],
+)
+def test_a_text_that_is_none_is_refused(text, says, monkeypatch, capsys):
+    begun(monkeypatch, "transformer++-tiny")
+    pathlib.Path("empty").write_text("")
+    assert run.main(["inspect", "some", "--text", text]) == 2
+    assert says in capsys.readouterr().err
+    assert not pathlib.Path("some/inspect").exists()
+
+
+def test_every_architecture_has_a_picture():
+    presets = [name for name in config.nn.PRESETS if name.endswith("-tiny")]
+    assert len(presets) >= 13
+    for name in presets:
+        whitebox.of_preset(config.make(name))
+    shown(*(f"runs/inspect/{name}.png" for name in presets))
+
+
+def test_every_optimizer_has_a_table_and_a_picture(capsys):
+    assert {"dmgd", "m3", "adam_memory", "momentum", "dgd", "soap"} <= set(whitebox.optimizers())
+    for name in whitebox.optimizers():
+        assert run.main(["inspect", name]) == 0
+        out = capsys.readouterr().out
+        assert "objective" in out
+        assert f"runs/inspect/{name}.png" in out
+    shown(*(f"runs/inspect/{name}.png" for name in whitebox.optimizers()))
+
+
+def test_every_byte_has_its_place():
+    content = np.frombuffer(TEXT.encode(), np.uint8)
+    marks = heatmap._characters(content)
+    places, rows = heatmap._places(content)
+    assert len(marks) == len(places) == len(content)
+    assert "".join(marks) == "def é(x):↵→return '□□' + x□ # end↵"
+    assert rows == 2
+    assert len({tuple(place) for place in places}) == len(content)
