@@ -23,10 +23,8 @@ ttt           [b, t, h, d]; divides queries by sqrt(d) unless scale = 1; learns 
               0; the rate of the token that *reads* weighs all that was written in the chunk before
               it, and that of the chunk's last token what is carried on: ours, of the token that
               *writes*, is equal where the rate is constant in a chunk. Compared twice: as a level
-              with a bias, after every write; and as our op, their bias put back to 0 at every chunk
-hope          see `compare_peers_hope`; [b, t, d], weights stored [out, in]; from the levels of the ground
-              floor, wired their way, since the op of Hope fixes our way. That the op is its levels
-              is a test of ours
+              with a bias, after every write; and as our op, their bias put back to 0 at each chunk
+hope          see `compare_peers_hope`
 """
 
 import sys

@@ -3,8 +3,8 @@
 
 Its weights are copied into levels of the ground floor, wired its way: five memories on two clocks,
 each writing (key, its own answer to the value) from boundary weights. Outputs and all memories must
-agree in float64. That wiring, not our op, since the op fixes our readings; that the op is the levels
-that `nlx.self_modifying` wires is a test of ours. `DIFFERENCES` says where the readings part.
+agree in float64. That wiring and not our op, since the op fixes our readings; a test of ours holds
+the op to the levels that `nlx.self_modifying` wires. `DIFFERENCES` says where the readings part.
 """
 
 import jax
