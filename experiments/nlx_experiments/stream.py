@@ -9,6 +9,7 @@ expects    a peak that does not move, and finite bits to the last byte
 takes      about 3 minutes on two cores; stopped at any moment, the same command goes on
 """
 
+import copy
 import dataclasses
 import math
 import pathlib
@@ -115,6 +116,10 @@ class Reading:
         position["tokens"] += self.piece
         position["peak"] = max(position["peak"], resident.peak())
 
+    def saved(self) -> tuple[dict[str, PyTree], dict[str, Any]]:
+        """What a save holds: the state apart from the weights, and the position as it is now."""
+        return {"state": self.state}, copy.deepcopy(self.position)
+
     def mark(self) -> dict[str, Any]:
         """Notes memory, and bits per byte since the mark before."""
         position, marks = self.position, self.position["marks"]
@@ -193,7 +198,7 @@ def _read(options: Stream, run: runs.Run, reading: Reading) -> None:
                 say(f"Going on after {saved.step:,} bytes.")
         while reading.position["tokens"] < options.tokens and stop.received is None:
             if reading.position["tokens"] == 0:  # what saving takes is part of every peak
-                saves.save(0, {"state": reading.state}, reading.position)
+                saves.save(0, *reading.saved())
                 saves.wait()
             reading.advance()
             done = reading.position["tokens"]
@@ -201,8 +206,8 @@ def _read(options: Stream, run: runs.Run, reading: Reading) -> None:
                 noted = reading.mark()
                 say(f"{done:,} bytes: at most {noted['peak_mib']:,.0f} MiB resident")
             if done % options.save_every == 0:
-                saves.save(done, {"state": reading.state}, reading.position)
-        saves.save(reading.position["tokens"], {"state": reading.state}, reading.position)
+                saves.save(done, *reading.saved())
+        saves.save(reading.position["tokens"], *reading.saved())
     if stop.received is not None and reading.position["tokens"] < options.tokens:
         raise Stopped(
             f"{stop.received.name}: {reading.position['tokens']:,} of {options.tokens:,} bytes are "
