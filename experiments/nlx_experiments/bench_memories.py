@@ -10,7 +10,7 @@ shows      linear, mlp: the gradient of the op in all its arguments, by chunks o
            in a compiled loop: what the host adds to a call is left out
 measures   ratios in one run, interleaved, medians; where the slow side takes long, fewer rounds
 expects    linear 5 times or more, mlp 10, hope 20, decode within 10 % and a state of one size
-takes      about 5 minutes on two cores: linear half, mlp 1, hope 1, decode 2
+takes      about 5 minutes on two cores: linear and mlp half each, hope 2, decode 2
 needs      hope: `pip install torch nested-learning==0.2.0`, whose Python is 3.11
 """
 
@@ -113,7 +113,7 @@ def _both(loss, arguments) -> dict[str, Run]:
 # 2. Hope's block
 
 
-def hope(tokens: int = 64, width: int = 512) -> dict[str, Run]:
+def hope(tokens: int = 128, width: int = 512) -> dict[str, Run]:
     """A row through Hope's block: ours forward, and with the gradient of everything."""
     mixer = nn.SelfModifying(
         width, heads=1, hidden=width, chunk_size=64, projection_chunk_size=8, rngs=nnx.Rngs(0)
@@ -128,7 +128,7 @@ def hope(tokens: int = 64, width: int = 512) -> dict[str, Run]:
     return {name: functools.partial(call, jax.jit(form)) for name, form in forms.items()}
 
 
-def their_hope(tokens: int = 64, width: int = 512) -> Run:
+def their_hope(tokens: int = 128, width: int = 512) -> Run:
     """The same of nested-learning, forward: its writes carry no gradient. Its read-out is simpler.
 
     As its configuration `pilot_selfmod` has it: width 512, chunks of 64 and 8 tokens, four CMS
@@ -237,7 +237,7 @@ def show_chunks(runs: dict[str, Run], name: str, what: str, asked: float) -> Non
     say(f"{name:8s} gradient of {what}: {each}; {ratio:.1f} times (asked: {asked:g})")
 
 
-def show_hope(tokens: int = 64) -> None:
+def show_hope(tokens: int = 128) -> None:
     """Prints tokens per second of both blocks."""
     runs = hope(tokens)
     try:
