@@ -55,7 +55,7 @@ def inspect(argv: list[str]) -> None:
 
 def experiment(argv: list[str]) -> None:
     """Runs a named experiment."""
-    from nlx_experiments import compare_optimizers, demo, demo_check, sizes
+    from nlx_experiments import compare_optimizers, demo, demo_check, sizes, stream
 
     experiments = {
         "demo": (demo.Demo, demo.main),
@@ -63,6 +63,8 @@ def experiment(argv: list[str]) -> None:
         "optimizers": (compare_optimizers.CompareOptimizers, compare_optimizers.main),
         "optimizers-tiny": (compare_optimizers.Tiny, compare_optimizers.main),
         "sizes": (sizes.Sizes, sizes.main),
+        "stream": (stream.Stream, stream.main),
+        "stream-tiny": (stream.Tiny, stream.main),
     }
     name = _first(argv, "run", "EXPERIMENT", default="demo")
     if name not in experiments:

@@ -1,0 +1,20 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How much memory this process holds, as the system counts it."""
+
+import pathlib
+import resource
+import sys
+
+
+def now() -> float:
+    """MiB resident now; where the system does not say, at the peak."""
+    counted = pathlib.Path("/proc/self/statm")
+    if not counted.exists():
+        return peak()
+    return int(counted.read_text().split()[1]) * resource.getpagesize() / 2**20
+
+
+def peak() -> float:
+    """MiB resident at the process' peak so far."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
