@@ -33,14 +33,14 @@ def draw(path: pathlib.Path, title: str, rows: Sequence[Row], links: Sequence[Li
     right = max(box.x for box in boxes.values()) + WIDTH
     given = any(source == GRADIENT for source, _ in handed)
     heights = _heights(bands)
-    top = heights[bands[-1]] + (3.2 if given else 1.2)
+    top = heights[bands[-1]] + (3.2 if given else 1.5)
     size = (max(7.0, 0.62 * (right - left + 2.4)), 0.72 * (top + 1.6) + 0.4)
     figure, axes = plt.subplots(figsize=size, layout="constrained")
     for n, (clock, y) in enumerate(heights.items()):
         shade = "#f4f4f0" if n % 2 else "#eaeae4"
         axes.axhspan(y - 1.1, y + 1.1, color=shade, linewidth=0, zorder=-2)
         axes.text(left - 2.2, y, clock, va="center", fontsize=10, color="#444444")
-    _frames(axes, boxes)
+    _frames(axes, boxes, below=given)
     for box in boxes.values():
         _box(axes, box)
     if given:
@@ -135,10 +135,11 @@ def _box(axes: Axes, box: Box) -> None:
         axes.text(box.x, y, line, ha="center", va="center", fontsize=7, color="#444444")
 
 
-def _frames(axes: Axes, boxes: dict[Key, Box]) -> None:
-    """A frame and a name around every group of several boxes."""
+def _frames(axes: Axes, boxes: dict[Key, Box], *, below: bool) -> None:
+    """A frame around every group of several boxes, and a name away from where arrows come in."""
     for group in dict.fromkeys(box.group for box in boxes.values()):
         x0, x1, y0, y1 = arrows.extent(group, boxes)
         if x1 - x0 > PITCH:
             arrows.rounded(axes, x0, y0, x1 - x0, y1 - y0, "none", "#999999")
-            axes.text(x0 + 0.05, y1 + 0.05, group, va="bottom", fontsize=8, color="#777777")
+            y, side = (y0 - 0.05, "top") if below else (y1 + 0.05, "bottom")
+            axes.text(x0 + 0.05, y, group, va=side, fontsize=8, color="#777777")

@@ -20,7 +20,7 @@ import tyro
 from flax import nnx
 
 import nlx.inspect
-from nlx import optim
+from nlx import nn, optim
 from nlx.inspect import Trace, Watched
 from nlx_experiments import config, data, diagram, heatmap, learner, report, runs
 from nlx_experiments.config import TrainConfig
@@ -54,8 +54,12 @@ def main(options: Inspect) -> None:
     if name in (rules := optimizers()):
         of_optimizer(name, rules[name])
         return
-    if near := difflib.get_close_matches(name, rules, 1, cutoff=0.75):
-        raise Refused(f"there is no preset, optimizer or run {name!r}. Did you mean {near[0]}?")
+    if name not in nn.PRESETS:
+        near = difflib.get_close_matches(name, [*rules, *nn.PRESETS], 1, cutoff=0)[0]
+        raise Refused(
+            f"there is no preset, optimizer or run {name!r}; did you mean {near!r}? Optimizers are "
+            f"{', '.join(rules)}; presets are called as in `nlx train`."
+        )
     of_preset(config.make(name))
 
 

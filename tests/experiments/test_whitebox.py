@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 from nlx_experiments import config, heatmap, learner, run, whitebox
 
+from nlx.inspect import Range, Trace
+
 MODEL = dict(width=8, layers=1, heads=2, hidden=8, memory_hidden=4)
 TEXT = "def é(x):\n\treturn '日本' + x\x01 # end\n"
 
@@ -39,17 +41,28 @@ def begun(monkeypatch, preset, optimizer="adamw", **fields):
 
 
 def test_a_run_gets_pictures_and_a_page(monkeypatch, capsys):
-    begun(monkeypatch, "hope-tiny", "dmgd", chunk_size=4, projection_chunk_size=8)
+    begun(monkeypatch, "deltanet-tiny", "dmgd")
     assert run.main(["inspect", "some", "--text", "text"]) == 0
     out = capsys.readouterr().out
     assert "blocks.*.mixer.memory" in out  # the levels
-    assert "blocks.0.mixer.retain" in out  # what they did
+    assert "blocks.0.mixer.memory  " in out  # what they did
     assert "scale_by_deep_momentum.deep" in out  # the optimizer
     assert "The page: some/inspect/index.html" in out
     names = ("levels", "optimizer", "surprise", "inner", "memories", "training")
     shown(*(f"some/inspect/{name}.png" for name in names))
     page = pathlib.Path("some/inspect/index.html").read_text()
     assert page.count("data:image/png;base64,") == len(names)
+
+
+def test_traces_of_many_blocks_and_levels_are_drawn(folder):
+    def trace(seed):
+        numbers = np.random.default_rng(seed).uniform(size=(6, 1, 30, 2))
+        return Trace(*numbers[:4], Range(-numbers[4], numbers[5]))
+
+    names = [f"blocks.{n}.mixer.{level}" for n in range(6) for level in ("key", "memory")]
+    heatmap.draw_traces(folder / "wide.png", {name: trace(n) for n, name in enumerate(names)})
+    shown(folder / "wide.png")
+    assert plt.imread(folder / "wide.png").shape[1] == 120 * (2 + 5 * 4)  # four blocks of the six
 
 
 def test_a_transformer_says_what_it_has_not(monkeypatch, capsys):
@@ -75,22 +88,25 @@ def test_a_text_that_is_none_is_refused(text, says, monkeypatch, capsys):
     assert not pathlib.Path("some/inspect").exists()
 
 
-def test_every_architecture_has_a_picture():
-    presets = [name for name in config.nn.PRESETS if name.endswith("-tiny")]
-    assert len(presets) >= 13
-    for name in presets:
-        whitebox.of_preset(config.make(name))
-    shown(*(f"runs/inspect/{name}.png" for name in presets))
+@pytest.mark.parametrize("name", ["hope-attention-tiny", "titans-mac-tiny", "samba-tiny"])
+def test_an_architecture_has_a_table_and_a_picture(name, capsys):
+    assert run.main(["inspect", name]) == 0
+    assert "blocks.*.mixer" in capsys.readouterr().out
+    shown(f"runs/inspect/{name}.png")
 
 
-def test_every_optimizer_has_a_table_and_a_picture(capsys):
-    assert {"dmgd", "m3", "adam_memory", "momentum", "dgd", "soap"} <= set(whitebox.optimizers())
-    for name in whitebox.optimizers():
-        assert run.main(["inspect", name]) == 0
-        out = capsys.readouterr().out
-        assert "objective" in out
-        assert f"runs/inspect/{name}.png" in out
-    shown(*(f"runs/inspect/{name}.png" for name in whitebox.optimizers()))
+@pytest.mark.parametrize("name", ["dmgd", "m3", "dgd", "feature_momentum", "soap"])
+def test_an_optimizer_has_a_table_and_a_picture(name, capsys):
+    assert run.main(["inspect", name]) == 0
+    out = capsys.readouterr().out
+    assert "objective" in out
+    assert f"runs/inspect/{name}.png" in out
+    shown(f"runs/inspect/{name}.png")
+
+
+def test_all_optimizers_are_known_by_name():
+    expected = {"dmgd", "m3", "adam_memory", "momentum", "dgd", "soap", "delta_momentum"}
+    assert expected <= set(whitebox.optimizers())
 
 
 def test_every_byte_has_its_place():

@@ -13,6 +13,7 @@ from nlx.train import language_model_loss
 
 pytestmark = pytest.mark.usefixtures("x64")
 T = 8
+PATH = "blocks.0.mixer.long_term.memory"
 SIZES = dict(vocabulary=11, width=8, layers=1, heads=2, hidden=4, memory_hidden=3, window=4)
 CHUNKS = dict(chunk_size=3, projection_chunk_size=6, persistent=2)
 
@@ -66,6 +67,10 @@ def test_updates_are_the_differences_of_decoded_states(mixer):
         found = watched.levels[f"blocks.0.mixer.{name}"].update  # [b, t, h]
         np.testing.assert_allclose(found, np.swapaxes(np.sqrt(sum(squares)), 0, 1), atol=1e-9)
         assert float(found.min()) > 0
+    if mixer == "titans_lmm":  # its gates are of the token alone
+        block = model.blocks[0]
+        gates = block.mixer.long_term.memory.gates(block.norm(model.embed(tokens)))
+        np.testing.assert_allclose(watched.levels[PATH].retain, gates["retain"], rtol=1e-9)
     np.testing.assert_allclose(
         watched.bits, inspect.surprise(scores[:, :-1], tokens[:, 1:]), atol=1e-9
     )
@@ -78,15 +83,6 @@ def test_surprise_sums_to_the_loss_and_attention_has_no_memory():
     loss = language_model_loss(graph)(weights, {"tokens": tokens})
     np.testing.assert_allclose(watched.bits.mean() * math.log(2), loss, rtol=1e-9)
     assert watched.levels == {}
-
-
-def test_gates_are_those_of_the_model():
-    model, tokens = made("titans_lmm")
-    watched = inspect.watch(model, tokens)
-    trace = watched.levels["blocks.0.mixer.long_term.memory"]
-    block = model.blocks[0]
-    gates = block.mixer.long_term.memory.gates(block.norm(model.embed(tokens)))
-    np.testing.assert_allclose(trace.retain, gates["retain"], rtol=1e-9)
 
 
 def test_one_token_is_refused():

@@ -102,6 +102,17 @@ def test_memories_are_told_by_the_slow_maps(mixer, target, told):
     assert parts(wired(mixer=mixer, feed_forward="swiglu"), "outer", target) == told
 
 
+@pytest.mark.parametrize("name", [name for name in nn.PRESETS if name.endswith("-tiny")])
+def test_every_level_of_every_architecture_is_wired(name):
+    model = nnx.eval_shape(lambda: nn.LanguageModel(nn.preset(name), rngs=nnx.Rngs(0)))
+    links = inspect.wiring(model)
+    rows = inspect.levels(model)
+    names = {row.name for row in rows}
+    told = {row.name for row in rows if ".mixer" in row.name and row.clock != "never"}
+    assert told <= {link.target for link in links if link.source == "outer"}
+    assert {end for link in links for end in link[:2]} <= names
+
+
 KERNEL = {"kernel": jnp.zeros((6, 4))}
 
 
