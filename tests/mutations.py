@@ -324,6 +324,27 @@ MUTATIONS = (
         "results = [False] * len(equation.outvars)",
         "nlx/inspect/test_wiring.py",
     ),
+    Mutation(
+        "the gates of every token's own",
+        "kernels/nlx_kernels/mlp_memory/api.py",
+        '"rate": rate, ',
+        '"rate": 0 * rate + rate.mean((0, 1), keepdims=True), ',
+        "test_peers.py",
+    ),
+    Mutation(
+        "the move of the weights at which surprise is taken",
+        "kernels/nlx_kernels/mlp_memory/xla.py",
+        "return memory._replace(weights=_Carried(layers, kept), chunk_start=start)",
+        "return memory._replace(weights=_Carried(layers, kept))",
+        "test_peers.py",
+    ),
+    Mutation(
+        "the state that a stream goes on from",
+        "experiments/nlx_experiments/stream.py",
+        'reading.state, reading.position = saved.trees["state"], saved.position',
+        "reading.position = saved.position",
+        "experiments/test_stream.py",
+    ),
 )
 
 

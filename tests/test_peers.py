@@ -121,14 +121,15 @@ def deep(tokens=8, rows=1, seed=0):
     return given, (0.5 * normal(1, 4, 6, seed=8), 0.5 * normal(1, 6, 4, seed=9))
 
 
-def test_surprise_is_taken_at_the_start_of_its_own_chunk(x64):
+@pytest.mark.parametrize("chunk_size", [4, 3])
+def test_surprise_is_taken_at_the_start_of_its_own_chunk(x64, chunk_size):
     """Chunk by chunk, each a sequence of its own that starts where the last one ended."""
     given, weights = deep()
-    whole, _ = ops.mlp_memory(**given, weights=weights, chunk_size=4)
+    whole, _ = ops.mlp_memory(**given, weights=weights, chunk_size=chunk_size)
     parts, start = [], weights
-    for at in (0, 4):
-        part = {name: x[:, at : at + 4] for name, x in given.items()}
-        y, state = ops.mlp_memory(**part, weights=start, chunk_size=4)
+    for at in range(0, 8, chunk_size):
+        part = {name: x[:, at : at + chunk_size] for name, x in given.items()}
+        y, state = ops.mlp_memory(**part, weights=start, chunk_size=chunk_size)
         parts.append(y)
         start = tuple(w[0] for w in state.weights)
     np.testing.assert_allclose(whole, jnp.concatenate(parts, 1), rtol=1e-12, atol=1e-12)

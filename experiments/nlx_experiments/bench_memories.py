@@ -8,10 +8,11 @@ shows      linear, mlp: the gradient of the op in all its arguments, by chunks o
            nested-learning's at its default widths; decode: time per token and memory after 1,000
            and after 100,000 tokens, for every recurrent mixer at size tiny, 256 calls of one token
            in a compiled loop: what the host adds to a call is left out
-measures   ratios in one run, interleaved, medians; where the slow side takes long, fewer rounds
+measures   ratios in one run, interleaved, medians
 expects    linear 5 times or more, mlp 10, hope 20, decode within 10 % and a state of one size
 takes      about 5 minutes on two cores: linear and mlp half each, hope 2, decode 2
-needs      hope: `pip install torch nested-learning==0.2.0`, whose Python is 3.11
+needs      hope: `pip install torch==2.13.0; pip install --no-deps nested-learning==0.2.0` (torch's
+           build for the CPU is of Python 3.11); without them the ratio is left out
 """
 
 import functools
@@ -245,9 +246,10 @@ def show_hope(tokens: int = 128) -> None:
     except Refused as missing:
         say(f"hope     without a peer: {missing}")
     speed = {name: tokens / taken for name, taken in medians(runs, 3).items()}
-    theirs = speed.get("theirs, forward", float("nan"))
+    theirs = speed.get("theirs, forward")
     for name, rate in speed.items():
-        say(f"hope     {name:22s} {rate:10,.0f} tokens/s  {rate / theirs:6.1f} times (asked: 20)")
+        ratio = f"  {rate / theirs:6.1f} times (asked: 20)" if theirs else ""
+        say(f"hope     {name:22s} {rate:10,.0f} tokens/s{ratio}")
 
 
 def show_decode() -> None:

@@ -5,7 +5,9 @@ command    nlx run stream [--weights RUN] [--folder DIR]      (stream-tiny: in s
 shows      tokens per second, resident memory at its peak after 1,000 tokens and after all, and bits
            per byte along the way, of hope-tiny reading text without end; written to
            experiments/results/stream.json and into experiments/README.md
-expects    a peak that does not move, and finite bits to the last byte
+expects    a peak that stands within a few per cent from 1,000 bytes to the last (what moves are
+           the allocator's arenas, one a thread: with MALLOC_ARENA_MAX=2 it stood still), and finite
+           bits, with trained weights about those of windows of their training's length
 takes      about 3 minutes on two cores; stopped at any moment, the same command goes on
 """
 
