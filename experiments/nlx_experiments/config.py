@@ -14,7 +14,7 @@ from nlx_experiments.errors import Refused, as_sentence
 
 Optimizer = Literal["adamw", "dmgd"]
 OPTIMIZERS: tuple[Optimizer, ...] = get_args(Optimizer)
-DEFAULT_OPTIMIZER: Optimizer = "adamw"
+DEFAULT_OPTIMIZER: Optimizer = "dmgd"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,7 +35,7 @@ class TrainConfig:
     length: int = 256
     """Bytes of a row."""
     optimizer: Optimizer = DEFAULT_OPTIMIZER
-    """AdamW, or deep momentum gradient descent: a memory of gradients that learns while it runs."""
+    """Deep momentum gradient descent, a memory of gradients that learns while it runs, or AdamW."""
     learning_rate: float = 3e-3
     """At its peak."""
     warmup: float = 0.1
