@@ -35,7 +35,7 @@ class TrainConfig:
     length: int = 256
     """Bytes of a row."""
     optimizer: Optimizer = DEFAULT_OPTIMIZER
-    """Deep momentum gradient descent, whose memory of gradients learns while it runs, or AdamW."""
+    """Deep momentum gradient descent (its memory of gradients learns while it runs), or AdamW."""
     learning_rate: float = 3e-3
     """At its peak."""
     warmup: float = 0.1
