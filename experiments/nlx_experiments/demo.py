@@ -4,7 +4,8 @@
 command    nlx run demo [--folder DIR] [--steps N]
 shows      held-out bits per byte of hope-tiny with either optimizer, of transformer++-tiny on as
            many tokens, and of n-gram models and xz; a sample; pictures; one page with it all
-takes      3 minutes on two idle cores, 8 on busy ones; stopped at any moment, the same command goes on
+takes      3 minutes on two idle cores, 8 on busy ones; stopped at any moment, the same command goes
+           on
 """
 
 import dataclasses
