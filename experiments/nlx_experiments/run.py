@@ -55,11 +55,12 @@ def inspect(argv: list[str]) -> None:
 
 def experiment(argv: list[str]) -> None:
     """Runs a named experiment."""
-    from nlx_experiments import compare_optimizers, demo, demo_check, sizes, stream
+    from nlx_experiments import compare_optimizers, demo, demo_check, laws, sizes, stream
 
     experiments = {
         "demo": (demo.Demo, demo.main),
         "demo-check": (demo_check.DemoCheck, demo_check.main),
+        "laws": (laws.Laws, laws.main),
         "optimizers": (compare_optimizers.CompareOptimizers, compare_optimizers.main),
         "optimizers-tiny": (compare_optimizers.Tiny, compare_optimizers.main),
         "sizes": (sizes.Sizes, sizes.main),
