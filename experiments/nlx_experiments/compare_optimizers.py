@@ -98,7 +98,7 @@ def compete(name: str, row: Row, store: Store, stop: StopRequest) -> dict[str, A
             entry[schedule] = {"rate": cell.rate, "setting": setting, "edge": edge, **record}
             took = time.monotonic() - begun
             say(f"{name}, {rule_name}, {schedule}: {loss(entry[schedule])} ({took:.0f} s)")
-        results[rule_name] = entry
+        results[rule_name] = {**entry, "seconds": contest.seconds()}
     return results
 
 
@@ -159,7 +159,7 @@ def table(known: Mapping[str, Any]) -> report.Table:
                         steps(row, entry[schedule], adamw[schedule]),
                     ]
                 )
-            seconds = entry[main_schedule]["seconds"] / adamw[main_schedule]["seconds"]
+            seconds = entry["seconds"] / adamw["seconds"]
             state = entry["bytes"] / max(adamw["bytes"], 1)
             lines.append((*cells, besides(entry[main_schedule]), f"{seconds:.1f}", f"{state:.2f}"))
     columns = ["row", "optimizer"]

@@ -61,7 +61,13 @@ def digits() -> Row:
             optim.dmgd(rate, 0.0, hidden=(), inner_lr=0.05), rate, momentum
         )
 
+    def in_soap(rate, momentum):
+        """Eq. 47 with SOAP for P: its eigenbasis and second moment, DMGD for its first."""
+        memory = optim.scale_by_deep_momentum(momentum, hidden=(), inner_lr=0.05)
+        return optax.chain(optim.scale_by_soap(0.0), memory, optax.scale_by_learning_rate(rate))
+
     deep = {
+        "dmgd in soap": Rule(in_soap, deep=True),
         "dmgd, averaged": Rule(averaged, deep=True, weights=contrib.schedule_free_eval_params),
         "dmgd": Rule(linear, deep=True),
         "delta momentum": rules.DELTA,
@@ -73,7 +79,7 @@ def digits() -> Row:
             reads_inputs=True,
         ),
     }
-    declared = {"constant": ("dmgd, averaged", FIRST), "cosine": ("dmgd", NEAR)}
+    declared = {"constant": ("dmgd, averaged", FIRST), "cosine": ("dmgd in soap", NEAR)}
     competitors = {**rules.rivals(), **deep}
     return Row(tasks.digits(), competitors, declared, (-3, 0), seeds=20, tuning=20, batch=20)
 

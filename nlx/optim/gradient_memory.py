@@ -4,6 +4,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
@@ -89,12 +90,13 @@ def debiased(decay: Gate) -> Schedule:
 
     (1 - b) / (1 - b^t) with t = tick + 1, and 1 / t at b = 1: the plain mean of all values.
 
-    decay: b, in [0, 1]. Written with logarithms, so that the first share is 1 to the bit.
+    decay: b, in [0, 1]; the same bits whether it is a constant or traced. Written with logarithms,
+        so that the first share is 1 to the bit.
     """
 
     def share(tick: Int[Array, ""]) -> Float[Array, ""]:
         ticks = tick + jnp.ones(())
-        log = jnp.log(jnp.asarray(decay, ticks.dtype))
+        log = jnp.log(jax.lax.optimization_barrier(jnp.asarray(decay, ticks.dtype)))
         shrinks = log < 0
         log = jnp.where(shrinks, log, -1)
         return jnp.where(shrinks, jnp.expm1(log) / jnp.expm1(ticks * log), 1 / ticks)

@@ -113,7 +113,7 @@ def scale_by_delta_momentum(
     decay: Gate = 0.9,
     *,
     erase: Gate = 1.0,
-    scale_decay: Gate = 0.0,
+    scale_decay: Gate | None = None,
     nesterov: bool = True,
     literal: bool = False,
 ) -> Transformation:
@@ -128,7 +128,7 @@ def scale_by_delta_momentum(
     u^T u = ||u||^2; leading axes hold kernels of their own.
 
     decay: in [0, 1]. erase: >= 0, stable up to 1 + decay; 0 is `scale_by_momentum`.
-    scale_decay: in [0, 1], of s^2; 0: s^2 is ||u||_F^2 itself, so of a vector m all directions
+    scale_decay: in [0, 1], of s^2; None: s^2 is ||u||_F^2 itself, so of a vector m all directions
         shrink alike. With an average a vector's m shrinks where gradients are large.
     nesterov: read u + decay m.
     literal: the printed rule, c = erase (1 in the paper) and update = m. Its recursion contains no
@@ -140,7 +140,8 @@ def scale_by_delta_momentum(
     """
     _check(decay)
     check_range("erase", erase)
-    check_range("scale_decay", scale_decay, 1)
+    if scale_decay is not None:
+        check_range("scale_decay", scale_decay, 1)
 
     def objective(output, value):
         held, recalled = output
@@ -150,7 +151,7 @@ def scale_by_delta_momentum(
         return u if literal else unit(u)
 
     readout = _first if literal or not nesterov else _ahead(decay, _first)
-    if literal or (isinstance(scale_decay, int | float) and scale_decay == 0):
+    if literal or scale_decay is None:
         return gradient_memory(
             _recalling,
             objective,
@@ -190,7 +191,7 @@ def delta_momentum(
     decay: Gate = 0.9,
     *,
     erase: Gate = 1.0,
-    scale_decay: Gate = 0.0,
+    scale_decay: Gate | None = None,
     nesterov: bool = True,
     literal: bool = False,
     precondition: bool = True,

@@ -61,6 +61,10 @@ def eight_devices():
     makers = {name: getattr(optim, name) for name in SUITE_LEARNING_RATES}
     makers["feature_momentum"] = lambda rate: optim.feature_momentum(rate, jnp.sign)
     makers["on_clock"] = lambda rate: optim.on_clock(optim.dmgd(rate), nlx.Clock(2))
+    # Two gradients don't span a side: what rounding makes of the other directions depends on the
+    # order of sums. A ridge hides it from Shampoo; SOAP looks at its first basis after the second.
+    makers["shampoo"] = lambda rate: optim.shampoo(rate, ridge=1e-3)
+    makers["soap"] = lambda rate: optim.soap(rate, clock=nlx.Clock(2))
     makers["adamw"] = optax.adamw
     alone = {n: jax.random.normal(jax.random.key(0), p.shape) for n, p in PARAMS.items()}
 
