@@ -10,12 +10,14 @@ expects    the verdicts in README.md
 
 Declared beforehand, by pilot runs on other seeds; "first" is of everything in the row:
 
-row                     declared          meant to be
-toy                     delta momentum    first, constant rate
-quadratic, three noises dmgd              first, constant rate
-digits                  dmgd              first, constant rate; within 2 % of the best, cosine
-text                    ...               within 2 % of the best, both
-permuted labels         dgd               first, constant rate (there is no end to fall towards)
+row                     schedule   declared            meant to be
+toy                     constant   delta momentum      first
+quadratic, three noises constant   dmgd                first
+digits                  constant   dmgd, averaged      first
+                        cosine     dmgd in soap        within 2 % of the best
+text                    constant   dmgd, averaged      within 2 % of the best
+                        cosine     dmgd, orthogonal    within 2 % of the best
+permuted labels         constant   dgd                 first (there is no end to fall towards)
 
 One grid of learning rates for all, four to a decade, longer where the best is at an end of it;
 every momentum is 0.9, 0.8 or 0.95, or, with permuted labels, every weight decay one of seven.

@@ -142,9 +142,11 @@ def plot_panels(path: pathlib.Path, panels: Sequence[Panel], columns: int = 4) -
         for name, (values, colour, width) in panel.curves.items():
             y = np.array([np.nan if v is None else v for v in values], np.float64)
             x = (1 + np.arange(y.size)) * panel.steps / max(y.size, 1)
-            axes.plot(x, y, color=colour or "#bbbbbb", linewidth=width, label=name)
+            label = name if colour else "_"  # not in the legend
+            axes.plot(x, y, color=colour or "#bbbbbb", linewidth=width, label=label)
+        axes.plot([], [], color="#bbbbbb", label="the others")
         axes.set(title=panel.title, xlabel="steps", yscale="log" if panel.log else "linear")
-        axes.legend(frameon=False, fontsize=7)
+        axes.legend(frameon=False, fontsize=8)
     save(figure, path)
 
 
