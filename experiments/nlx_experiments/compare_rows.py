@@ -30,6 +30,19 @@ def toy() -> Row:
     return Row(tasks.toy(), competitors, declared, (-3, 0), seeds=40, tuning=40, batch=40)
 
 
+SHORTENED = ("muon", "schedule_free", "soap")
+
+
+def shortened(rule: Rule) -> Rule:
+    """A rival that sees gradients whose outliers are shortened as robust DMGD shortens them."""
+    raw = {"hidden": (), "inner_lr": 0.0, "nesterov": False, "scale_decay": 0.99}
+    first = optim.scale_by_deep_momentum(0.0, robust=1.5, **raw)
+    return rule._replace(
+        make=lambda rate, momentum: optax.chain(first, rule.make(rate, momentum)),
+        weights=lambda state, params: rule.weights(state[1], params),
+    )
+
+
 def quadratic(noise: str) -> Row:
     """(ii) An ill-conditioned linear layer with bad labels."""
     raw = {"hidden": (), "precondition": False, "scale_decay": 0.99}
@@ -43,6 +56,7 @@ def quadratic(noise: str) -> Row:
             lambda rate, inner_lr: optim.dmgd(rate, inner_lr=inner_lr, **learning), rates, deep=True
         ),
         "robust momentum": Rule(control, deep=True),
+        **{f"{name}, shortened": shortened(rules.rivals()[name]) for name in SHORTENED},
         "delta momentum": rules.DELTA,
         "m3": rules.M3,
     }
@@ -111,7 +125,7 @@ def text() -> Row:
         ),
     }
     declared = {"cosine": ("dmgd, orthogonal", NEAR), "constant": ("dmgd, averaged", NEAR)}
-    competitors = {**rules.rivals(), **deep}
+    competitors = {**rules.rivals(), "muon, averaged": rules.AVERAGED_MUON, **deep}
     task = tasks.transformer()
     return Row(task, competitors, declared, (-3, -1), seeds=5, tuning=2, batch=1, log=False)
 

@@ -53,6 +53,12 @@ def _schedule_free(rate, momentum=0.9, decay=0.0):
     return contrib.schedule_free_adamw(rate, b1=momentum, weight_decay=decay)
 
 
+def _averaged_muon(rate, momentum=0.9):
+    """The step of Muon with momentum 0.8, its best, and averaged weights."""
+    muon = contrib.muon(rate, beta=0.8, consistent_rms=0.2, adam_b1=0.8)
+    return contrib.schedule_free(muon, rate, momentum)
+
+
 def _shampoo(rate, momentum=0.9, decay=0.0):
     return optim.shampoo(rate, momentum, weight_decay=decay)
 
@@ -90,3 +96,4 @@ DELTA = Rule(_momentum_of(optim.delta_momentum), deep=True)
 DMGD = Rule(_momentum_of(optim.dmgd), deep=True)
 DMGD_LINEAR = Rule(_momentum_of(optim.dmgd, hidden=()), deep=True)
 M3 = Rule(_momentum_of(optim.m3), deep=True)
+AVERAGED_MUON = Rule(_averaged_muon, weights=contrib.schedule_free_eval_params)

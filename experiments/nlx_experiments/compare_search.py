@@ -29,7 +29,7 @@ SCHEDULES = ("constant", "cosine")
 # The one grid of learning rates: four to a decade. Tuning begins on every second one.
 TO_A_DECADE, COARSE = 4, 2
 EXTENSIONS = 4  # how often the grid may grow before the best is called one on its edge
-FRESH = 1000  # the first of the seeds that are reported; rates are chosen on 0, 1, ...
+FRESH = 3000  # the first of the seeds that are reported; rates are chosen on 0, 1, ...
 WORKERS = 2  # batches at a time
 
 
@@ -138,7 +138,14 @@ class Contest:
                 break
             found |= self.measure(sorted(missing))
         winner = best(found)
-        return winner, not _beside(winner) <= set(found) or not math.isfinite(score(found[winner]))
+        inside = _beside(winner) <= set(found) and not self._at_the_end(winner)
+        return winner, not inside or not math.isfinite(score(found[winner]))
+
+    def _at_the_end(self, cell: Cell) -> bool:
+        """Whether the setting is the largest or smallest of a long list of them, and not 0."""
+        values = [next(iter(setting.values()), 0.0) for setting in self.rule.settings]
+        here = values[cell.setting]
+        return len(values) > 3 and here != 0 and here in (min(values), max(values))
 
     def seconds(self) -> float:
         """Of one step of one training, in the quickest batch of all: others may have waited."""

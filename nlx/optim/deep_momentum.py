@@ -16,7 +16,7 @@ from nlx.level import Association, associative_memory
 from nlx.memories import Memory
 from nlx.nest import Nest
 from nlx.optim.alias import with_learning_rate
-from nlx.optim.gradient_memory import Gate, check_range, debiased
+from nlx.optim.gradient_memory import Gate, check_range, debiased, wide
 from nlx.optim.level import leafwise, wide_dtype
 from nlx.optim.matrices import gathered, split_like
 from nlx.optim.momentum import scale_by_second_moment
@@ -206,10 +206,10 @@ def _nest(like, deep: Deep) -> Nest:
         levels["deep"] = associative_memory(memory, storing, write, Clock(1))
 
     def association(params, moment: Moment) -> Association:
-        retain = jnp.asarray(deep.retention)
+        retain = wide(deep.retention)
         if deep.objective == "dot":
             key = vectors(moment.gradient)
-            return Association(key, jnp.ones_like(key), jnp.asarray(deep.inner_lr), retain)
+            return Association(key, jnp.ones_like(key), wide(deep.inner_lr), retain)
         source = params["average"] if deep.objective == "predictive" else moment.gradient
         key, value = (
             jnp.clip(vectors(x) / moment.scale, -deep.clip, deep.clip)
@@ -323,7 +323,7 @@ def _shortened(gradient, square, robust, memory: Form, tick) -> Float[Array, "..
     size = jnp.minimum(size, jnp.finfo(size.dtype).max)
     if gradient.size == 0:
         return gradient
-    usual = jnp.where(tick == 0, jnp.median(size), square)
+    usual = jnp.where(tick == 0, jnp.median(gathered(size)), square)
     most = jnp.square(robust).astype(size.dtype) * usual
     rows = rows * jnp.sqrt(jnp.where(size > most, most / jnp.where(size > 0, size, 1), 1))
     return _rows(rows) if memory == "rows" and gradient.ndim >= 2 else rows[..., 0]

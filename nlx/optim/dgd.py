@@ -79,7 +79,11 @@ def dgd(
     weight_decay: Gate = 0.0,
     mask: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """W <- W+ of `scale_by_dgd`, less decoupled weight decay as in `optax.adamw`."""
+    """W <- W+ of `scale_by_dgd`, less decoupled weight decay as in `optax.adamw`.
+
+    Where gradients are accumulated over several batches, C must be their mean too, and
+    `optax.MultiSteps` passes none on, `on_clock` that of its last step: accumulate in the loss.
+    """
     scaled = scale_by_dgd(learning_rate, gamma=gamma)
     return with_learning_rate(learning_rate, scaled, weight_decay=weight_decay, mask=mask)
 

@@ -72,7 +72,7 @@ def gradient_memory(
         del param
         gates = {"rate": rate, "retain": retain, "erase": erase}
         given = {
-            name: jnp.asarray(gate(tick) if callable(gate) else gate)
+            name: wide(gate(tick) if callable(gate) else gate)
             for name, gate in gates.items()
             if gate is not None
         }
@@ -83,6 +83,12 @@ def gradient_memory(
         return read_out(lambda query: stored.read(params, query), gradient)
 
     return levelwise(level, recall, context)
+
+
+def wide(gate: Any) -> Float[Array, ""]:
+    """A gate in at least float32: `optax.inject_hyperparams` makes it of the parameters' dtype."""
+    gate = jnp.asarray(gate)
+    return gate.astype(jnp.promote_types(gate.dtype, jnp.float32))
 
 
 def debiased(decay: Gate) -> Schedule:

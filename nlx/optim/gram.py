@@ -9,6 +9,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, PyTree
 
+from nlx.optim.matrices import gathered
+
 
 @jax.custom_vjp
 def tap(x: Float[Array, "*n i"], gram: Float[Array, "i i"]) -> Float[Array, "*n i"]:
@@ -32,7 +34,7 @@ def _forward(x, gram):
 
 def _backward(residuals, cotangent):
     x, wide = residuals
-    rows = x.reshape(-1, x.shape[-1]).astype(wide.dtype)
+    rows = gathered(x.reshape(-1, x.shape[-1]).astype(wide.dtype))
     return cotangent, rows.T @ rows / max(len(rows), 1)
 
 

@@ -30,7 +30,7 @@ from nlx.objectives import dot_product, l2
 from nlx.optim.adam_memory import scale_by_adam_memory
 from nlx.optim.alias import with_learning_rate
 from nlx.optim.averages import average, bounded, matrices_and_others, moments, stored
-from nlx.optim.gradient_memory import Gate, Map, check_range, debiased, gradient_memory
+from nlx.optim.gradient_memory import Gate, Map, check_range, debiased, gradient_memory, wide
 from nlx.optim.level import nestwise
 from nlx.optim.matrices import across, gathered, is_matrix, like_adam, unit
 
@@ -173,7 +173,7 @@ def scale_by_delta_momentum(
             mean = share.retain * params["size"] + share.rate * square
             mean = jnp.where(mean >= jnp.finfo(u.dtype).tiny, mean, 1)
             key = u / jnp.sqrt(mean)
-            retain = jnp.asarray(decay)
+            retain = wide(decay)
             return (), {"size": stored(square, share), "held": Association(key, u, retain=retain)}
 
         return Nest({"size": average(size), "held": held}, forward)

@@ -8,6 +8,8 @@ import numpy as np
 import optax
 import pytest
 from nlx_experiments import compare_optimizers, compare_rows, compare_search, run, runs
+from nlx_experiments import compare_rules as rules
+from nlx_experiments import compare_tasks as tasks
 from nlx_experiments.compare_rules import Rule
 from nlx_experiments.compare_search import Cell, Contest, Row, Store, best
 from nlx_experiments.compare_tasks import Task
@@ -151,7 +153,8 @@ def test_an_unfinished_line_is_dropped(tmp_path):
 def entry(losses, **fields):
     curve = [3.0, 2.0, sum(losses) / len(losses)]
     found = {"losses": losses, "curve": curve, "rate": 0.1, "setting": {}, "edge": False}
-    return {"deep": False, "bytes": 8, "constant": {**found, "seconds": 1.0, **fields}}
+    seconds = fields.pop("seconds", 1.0)
+    return {"deep": False, "bytes": 8, "seconds": seconds, "constant": {**found, **fields}}
 
 
 def test_the_table_says_who_won_and_who_did_not():
@@ -199,9 +202,79 @@ def test_every_declared_optimizer_competes():
             assert made.rules[declared].deep, name
 
 
-def test_labels_are_permuted_and_forgetting_is_counted():
-    task = compare_search.training  # what `_outcome` makes of scores
-    del task
+def test_labels_are_permuted_and_forgotten():
+    """Each stretch has an order of its own, which the loss and both scores go by."""
+    task = tasks.permuted(3, 5, 4)
+    params, fixed = task.init(task.data, jax.random.key(0))
+    labels = np.asarray(fixed["labels"])
+    assert labels.shape == (3, 10)
+    assert all(sorted(row) == list(range(10)) for row in labels.tolist())
+    assert len({tuple(row) for row in labels.tolist()}) == 3
+    key = jax.random.key(1)
+    losses = [float(task.loss(fixed, params, None, key, step)) for step in (0, 4, 5, 10)]
+    assert losses[0] == losses[1]
+    assert len(set(losses)) == 3
+    other = {**fixed, "labels": fixed["labels"][jnp.array([1, 0, 2])]}
+    now, swapped = task.score(fixed, params, 10), task.score(other, params, 10)
+    assert float(now["accuracy"]) == float(swapped["accuracy before"])
+    assert float(now["accuracy before"]) == float(swapped["accuracy"])
+
+
+def _columns(task, fixed, best):
+    """Norms of a gradient's columns over the usual one, of 64 gradients."""
+    gradient = jax.jit(jax.grad(lambda w, key: task.loss(fixed, {"w": w}, None, key, 0)))
+    keys = jax.random.split(jax.random.key(1), 64)
+    columns = np.concatenate([np.linalg.norm(gradient(best, k), axis=0) for k in keys])
+    return columns / np.median(columns)
+
+
+def test_the_noises_are_what_they_are_called():
+    """Sizes of the columns of a gradient at the optimum, over its usual size."""
+    sizes = {}
+    for noise in tasks.NOISES:
+        task = tasks.quadratic(noise)
+        _, fixed = task.init(task.data, jax.random.key(0))
+        best = fixed[1]
+        sizes[noise] = _columns(task, fixed, best)
+    assert sizes["gaussian"].max() < 3
+    assert 0.03 < np.mean(sizes["outliers"] > 8) < 0.07
+    assert sizes["heavy-tailed"].max() > 15
+    assert 0.001 < np.mean(sizes["heavy-tailed"] > 8) < 0.05
+
+
+def test_scores_are_of_data_that_is_not_trained_on():
+    digits = tasks.digits(40, 4)
+    train, test = (np.asarray(digits.data[n]) for n in ("x", "test_x"))
+    assert not {row.tobytes() for row in train} & {row.tobytes() for row in test}
+    params, fixed = digits.init(digits.data, jax.random.key(0))
+    scores = digits.score(fixed, params, 40)
+    as_train = {**fixed, "test_x": fixed["x"], "test_y": fixed["y"]}
+    assert float(digits.score(as_train, params, 40)["test"]) == float(scores["loss"])
+    assert float(scores["test"]) != float(scores["loss"])
+    text = tasks.transformer(10, width=16, layers=1, batch=2)
+    stream = text.data["train"].tobytes()
+    inside = [row.tobytes() in stream for row in np.asarray(text.data["heldout"])]
+    assert np.mean(inside) < 0.2  # lines of code come back
+
+
+@pytest.mark.parametrize("name", rules.rivals())
+@pytest.mark.parametrize("settings", [rules.MOMENTA, compare_rows.DECAYS])
+def test_every_setting_of_a_rival_counts(name, settings):
+    rule = rules.rivals(settings)[name]
+    params = {"w": jnp.linspace(-1.0, 1.0, 12).reshape(4, 3)}
+    ends = []
+    for setting in rule.settings:
+        tx, w = optax.with_extra_args_support(rule.make(lambda step: 0.1, **setting)), params
+        state = tx.init(w)
+        for step in range(3):
+            gradient = jax.tree.map(lambda p, s=step: jnp.sin(3 * p + s), w)
+            updates, state = tx.update(gradient, state, w)
+            w = optax.apply_updates(w, updates)
+        ends.append(np.asarray(rule.weights(state, w)["w"]).tobytes())
+    assert len(set(ends)) == len(rule.settings)
+
+
+def test_forgetting_is_counted():
     scores = {
         "accuracy": jnp.array([0.9, 0.8, 0.7]),
         "accuracy before": jnp.array([0.9, 0.1, 0.2]),

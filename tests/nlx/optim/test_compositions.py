@@ -57,6 +57,68 @@ def test_nothing_public_is_left_out():
     assert scales - aliases == {"deep_momentum", "newton_schulz", "second_moment"}
 
 
+ALIASES = {  # every option that is passed on, away from its default
+    "momentum": {"decay": 0.7, "nesterov": True},
+    "preconditioned_momentum": {"decay": 0.7, "nesterov": True},
+    "delta_momentum": {"decay": 0.7, "erase": 0.5, "scale_decay": 0.8, "nesterov": False},
+    "feature_momentum": {"features": jnp.tanh, "decay": 0.7, "nesterov": True},
+    "orthogonal_momentum": {"decay": 0.7, "nesterov": False, "ns_steps": 2},
+    "dmgd": {"decay": 0.7, "inner_lr": 0.3, "retention": 0.9, "nesterov": False, "hidden": (3,)},
+    "adam_memory": {"b1": 0.7, "b2": 0.8, "ridge": 1e-2},
+    "adagrad_memory": {"ridge": 1e-1, "clock": Clock(2)},
+    "m3": {
+        "b1": 0.7,
+        "b2": 0.8,
+        "b3": 0.6,
+        "alpha": 0.5,
+        "clock": Clock(2),
+        "ns_steps": 2,
+        "eps": 0.1,
+    },
+    "shampoo": {"b1": 0.7, "b2": 0.8, "ridge": 1e-2, "eps": 1e-2, "clock": Clock(2)},
+    "soap": {"b1": 0.7, "b2": 0.8, "eps": 1e-2, "clock": Clock(2)},
+    "dgd": {"gamma": 0.3},
+}
+FIRST = {  # what stands before or in place of `scale_by_<name>` in an alias
+    "preconditioned_momentum": lambda **o: optim.scale_by_preconditioned_momentum(
+        optim.scale_by_second_moment(), **o
+    ),
+    "delta_momentum": lambda **o: optax.chain(
+        optim.scale_by_second_moment(), optim.scale_by_delta_momentum(**o)
+    ),
+    "dmgd": lambda **o: optax.chain(
+        optim.scale_by_second_moment(), optim.scale_by_deep_momentum(**o)
+    ),
+}
+
+
+def test_every_alias_is_below():
+    assert set(ALIASES) == {*SUITE_LEARNING_RATES, "feature_momentum", "dgd"}
+
+
+@pytest.mark.parametrize("name", ALIASES)
+def test_an_alias_passes_its_options_on(name):
+    """alias(rate, options, weight_decay, mask) == scale, decay, rate; and the options matter."""
+    alias, options = getattr(optim, name), ALIASES[name]
+    decays = "weight_decay" in inspect.signature(alias).parameters
+    mask = {"w": True, "b": False}
+    decayed = {"weight_decay": 0.5, "mask": mask} if decays else {}
+    scale = FIRST.get(name) or getattr(optim, f"scale_by_{name}")
+    given = {"learning_rate": 0.1} if name == "dgd" else {}
+    chain = lambda **o: optax.chain(
+        scale(**given, **o),
+        optax.add_decayed_weights(0.5 * decays, mask),
+        optax.scale_by_learning_rate(0.1),
+    )
+    ends = functools.partial(descend, steps=7)
+    whole = ends(chain(**options))
+    close(ends(alias(0.1, **options, **decayed)), whole)
+    for option in set(options) - {"features", "hidden"}:
+        fewer = {k: v for k, v in options.items() if k != option}
+        other = ends(alias(0.1, **fewer, **decayed))
+        assert not jax.tree.all(jax.tree.map(np.array_equal, other, whole)), option
+
+
 def gradients(step, params):
     return jax.tree.map(lambda p: jnp.sin(7.0 * p + step) + 0.1, params)
 
@@ -293,3 +355,14 @@ def test_states_map_like_parameters():
     second_moment, deep = named[:2]
     assert second_moment.levels.carry.weights == names
     assert (deep.mu, deep.scale, deep.phi) == (names, names, (names, names))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("name", ["momentum", "delta_momentum", "preconditioned_momentum", "dmgd"])
+def test_hyperparameters_of_low_precision_are_taken(name, dtype):
+    """optax injects them in the dtype of the gradients; gates are at least float32 inside."""
+    tx = optax.inject_hyperparams(getattr(optim, name))(learning_rate=0.1)
+    params = jax.tree.map(lambda p: jnp.asarray(p, dtype), PARAMS)
+    updates, _ = jax.jit(tx.update)(params, tx.init(params), params)
+    assert jax.tree.map(lambda u: u.dtype, updates) == jax.tree.map(lambda p: p.dtype, params)
+    assert all(bool(jnp.all(jnp.isfinite(u))) for u in jax.tree.leaves(updates))

@@ -28,16 +28,26 @@ class Oracle:
     """The equations for one leaf in NumPy, with explicit gradients and bias corrections."""
 
     def __init__(
-        self, shape, weights, decay, inner_lr, retention, nesterov, scale_decay, clip=10.0
+        self, shape, weights, decay, inner_lr, retention, nesterov, scale_decay, clip, robust=None
     ):
         self.weights = [np.array(w) for w in weights]
         self.mu, self.square, self.t = np.zeros(shape), 0.0, 0
         self.decay, self.inner_lr, self.retention = decay, inner_lr, retention
         self.nesterov, self.scale_decay, self.clip = nesterov, scale_decay, clip
+        self.robust = robust
+
+    def shortened(self, u):
+        """Rows above `robust` times the scale so far; at first, the median's."""
+        size = np.mean(u**2, -2, keepdims=True)
+        usual = (
+            np.median(size) if self.t == 1 else self.square / (1 - self.scale_decay ** (self.t - 1))
+        )
+        return u * np.sqrt(np.minimum(1, self.robust**2 * usual / size))
 
     def step(self, u):
         self.t += 1
         t, b = self.t, self.decay
+        u = u if self.robust is None else self.shortened(u)
         self.square = self.scale_decay * self.square + (1 - self.scale_decay) * np.mean(u**2)
         s = np.sqrt(self.square / (1 - self.scale_decay**t))
         before = self.mu / (1 - b ** (t - 1)) if t > 1 else self.mu
@@ -79,6 +89,7 @@ class Oracle:
         ((5, 7), {"hidden": (), "nesterov": False, "retention": 0.97, "inner_lr": 0.4}),
         ((2, 3, 5, 4), {"hidden": (3, 4), "decay": 0.6, "scale_decay": 0.8, "retention": 0.9}),
         ((4, 3), {"decay": 0.0, "clip": 0.7, "inner_lr": 1.0}),
+        ((5, 7), {"robust": 1.1, "hidden": (), "inner_lr": 0.5, "scale_decay": 0.9}),
     ],
 )
 def test_equals_the_equations(x64, shape, options):
