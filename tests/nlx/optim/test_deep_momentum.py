@@ -101,11 +101,11 @@ def test_equals_the_equations(x64, shape, options):
     oracle = Oracle(shape, tx.init(jnp.zeros(shape)).phi, **settings)
     updates, states = run(tx, jnp.asarray(gradients))
     for t, gradient in enumerate(gradients):
-        np.testing.assert_allclose(updates[t], oracle.step(gradient), rtol=1e-9, atol=1e-9)
+        np.testing.assert_allclose(updates[t], oracle.step(gradient), rtol=1e-12, atol=1e-12)
         for ours, theirs in zip(states.phi, oracle.weights, strict=True):
-            np.testing.assert_allclose(ours[t], theirs, rtol=1e-9, atol=1e-9)
+            np.testing.assert_allclose(ours[t], theirs, rtol=1e-12, atol=1e-12)
         debiased = oracle.mu / (1 - settings["decay"] ** (t + 1))
-        np.testing.assert_allclose(states.mu[t], debiased, rtol=1e-9, atol=1e-9)
+        np.testing.assert_allclose(states.mu[t], debiased, rtol=1e-12, atol=1e-12)
 
 
 def test_first_step_is_plain_momentum():
@@ -132,7 +132,7 @@ def test_alias_is_the_chain(x64):
     ours, _ = run(dmgd(schedule, weight_decay=0.1, **options), gradients, params)
     theirs, _ = run(chain, gradients, params)
     for x, y in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
-        np.testing.assert_allclose(x, y, rtol=1e-9)
+        np.testing.assert_allclose(x, y, rtol=1e-12)
     raw, _ = run(dmgd(1.0, precondition=False, **options), gradients, params)
     plain, _ = run(scale_by_deep_momentum(**options), gradients, params)
     np.testing.assert_allclose(raw["w"], -plain["w"], rtol=1e-12)
@@ -305,7 +305,7 @@ def test_dot_is_the_printed_rule(x64, memory):
         rows = u.T if memory == "rows" else u.reshape(-1, 1)
         want = oracle.step(rows)
         want = want.T if memory == "rows" else want.reshape(4, 3)
-        np.testing.assert_allclose(ours, -want, rtol=1e-9)
+        np.testing.assert_allclose(ours, -want, rtol=1e-12)
 
 
 def test_coordinates_are_rows_of_one(x64):
@@ -314,9 +314,9 @@ def test_coordinates_are_rows_of_one(x64):
     flat = jnp.asarray(gradients.reshape(8, 1, 12))
     by_entry, states = run(scale_by_deep_momentum(memory="coordinates"), jnp.asarray(gradients))
     by_row, wanted = run(scale_by_deep_momentum(memory="rows"), flat)
-    np.testing.assert_allclose(by_entry.reshape(8, 1, 12), by_row, rtol=1e-9)
+    np.testing.assert_allclose(by_entry.reshape(8, 1, 12), by_row, rtol=1e-12)
     for ours, theirs in zip(states.phi, wanted.phi, strict=True):
-        np.testing.assert_allclose(ours, theirs, rtol=1e-9)
+        np.testing.assert_allclose(ours, theirs, rtol=1e-12)
         assert np.any(ours[-1] != ours[0])
     state = scale_by_deep_momentum(memory="coordinates").init(
         {"b": jnp.zeros(5), "s": jnp.zeros(())}

@@ -37,7 +37,7 @@ def test_is_the_minimiser_for_a_batch(x64, eta, gamma):
     np.testing.assert_allclose(jax.grad(objective)(ours), 0, atol=1e-12)
     rows = np.concatenate([np.sqrt(gamma / 7) * X, np.eye(4) / np.sqrt(eta)])
     values = np.concatenate([-D / np.sqrt(gamma * 7), W / np.sqrt(eta)])
-    np.testing.assert_allclose(ours, np.linalg.lstsq(rows, values, rcond=None)[0], rtol=1e-10)
+    np.testing.assert_allclose(ours, np.linalg.lstsq(rows, values, rcond=None)[0], rtol=1e-12)
 
 
 @pytest.mark.parametrize("norm", [1.0, 0.3, 4.0])

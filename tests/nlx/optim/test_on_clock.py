@@ -47,7 +47,7 @@ def test_mean_is_multi_steps(x64, period, rule):
     _, updates, params, _ = trajectory(on_clock(rule(), Clock(period)))
     multi = optax.MultiSteps(rule(), period, accumulator_dtype=jnp.float64)
     _, wanted, ends, _ = trajectory(multi)
-    close = lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-9, atol=1e-12)
+    close = lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-12, atol=1e-12)
     jax.tree.map(close, (updates, params), (wanted, ends))
 
 
@@ -57,7 +57,7 @@ def test_sum_with_phase(x64):
     g = np.asarray(gradients["w"])
     wanted = np.zeros_like(g)
     wanted[1], wanted[4], wanted[7] = (-0.1 * g[a:b].sum(0) for a, b in ((0, 2), (2, 5), (5, 8)))
-    np.testing.assert_allclose(updates["w"], wanted, rtol=1e-9)
+    np.testing.assert_allclose(updates["w"], wanted, rtol=1e-12)
 
 
 def test_between_firings_nothing_moves():
