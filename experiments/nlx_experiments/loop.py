@@ -69,7 +69,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
         if not np.all(np.isfinite(bits)):
             raise Refused(
                 f"the model of step {state.step} in {run.folder} scores held-out bytes with what "
-                "is no number. A lower `learning_rate` may help, in another `--run` folder."
+                "is no number. A lower `learning_rate` may help, in another folder."
             )
         result = _result(config, functions, corpus, dataset, positions, bits)
         _report(run, config, result)
@@ -85,7 +85,7 @@ def _claim(run: Run, config: TrainConfig, corpus: Corpus) -> None:
         raise Refused(
             f"the text is no longer what {run.folder} was trained on ({len(before['files'])} files "
             f"with {before['train_bytes']} bytes to train on, now {len(corpus.files)} with "
-            f"{corpus.train.size}); give it that text, or this run another `--run` folder."
+            f"{corpus.train.size}); give it that text, or this run another folder."
         )
     run.agree("config", configs.to_json(config))
     if before is None:
@@ -196,7 +196,7 @@ class Log:
         if self.skipped == SKIPS:
             raise Refused(
                 f"the gradients of the last {SKIPS} steps, up to {step}, were not finite and "
-                "changed nothing. A lower `learning_rate` may help, in another `--run` folder."
+                "changed nothing. A lower `learning_rate` may help, in another folder."
             )
         return {
             "step": step,

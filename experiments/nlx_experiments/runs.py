@@ -77,7 +77,7 @@ class Run:
                 raise Refused(
                     f"`{key}` is {now.get(key)!r}, but {self.folder} was begun with "
                     f"{then.get(key)!r}; give that run its old values, or this one another "
-                    "`--run` folder."
+                    "folder."
                 )
 
     def read(self, name: str) -> Any:
