@@ -58,14 +58,12 @@ def within(axes: Axes, boxes: dict[Key, Box], handed: Handed) -> None:
         _bus(axes, boxes, own)
         return
     for (source, target), parts in own.items():
-        if source == target or source == GRADIENT:
+        if source == target or isinstance(source, str):  # a gradient comes from no level
             continue
-        back: tuple[str | Key, Key] = (target, source)  # type: ignore[assignment]
-        both = own.get(back) == parts
+        both = own.get((target, source)) == parts
         if both and str(target) < str(source):
             continue
-        a, b = boxes[source], boxes[target]  # type: ignore[index]
-        _arrow(axes, a, b, parts, both)
+        _arrow(axes, boxes[source], boxes[target], parts, both)
 
 
 def _bus(axes: Axes, boxes: dict[Key, Box], own: Handed) -> None:

@@ -193,7 +193,7 @@ def _rule(make: Callable[..., Any]) -> tuple[optax.GradientTransformation, dict[
 
 def _summary(make: Callable[..., Any]) -> str:
     """What an optimizer's docstring says first, and its equation."""
-    return "\n\n".join(inspect.getdoc(make).split("\n\n")[:2])  # type: ignore[union-attr]
+    return "\n\n".join((inspect.getdoc(make) or "").split("\n\n")[:2])
 
 
 def _optimizer_table(name: str, rule: optax.GradientTransformation, params) -> report.Table:

@@ -38,7 +38,6 @@ def test_hopes_block_runs_at_any_width():
 def test_decoding_takes_a_state_of_one_size(name):
     found = bench_memories.decode(name, short=8, long=32, decoded=4, budget=0.0)
     assert found.state[0] == found.state[1] > 0
-    assert min(found.seconds) > 0
 
 
 def test_resident_memory_is_below_its_peak():
