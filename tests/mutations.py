@@ -349,6 +349,27 @@ MUTATIONS = (
         "experiments/test_stream.py",
     ),
     Mutation(
+        "that injected gates are at least float32",
+        "nlx/optim/gradient_memory.py",
+        "return gate.astype(jnp.promote_types(gate.dtype, jnp.float32))",
+        "return gate",
+        "nlx/optim/test_compositions.py",
+    ),
+    Mutation(
+        "the shortened rows of robust DMGD",
+        "nlx/optim/deep_momentum.py",
+        "gradient = _shortened(",
+        "_shortened(",
+        "nlx/optim/test_deep_momentum.py",
+    ),
+    Mutation(
+        "the weight decay of M3's alias",
+        "nlx/optim/m3.py",
+        "scaled, weight_decay=weight_decay, mask=mask)",
+        "scaled)",
+        "nlx/optim/test_compositions.py",
+    ),
+    Mutation(
         "that a model is scored on bytes that it does not see",
         LEARNER,
         "(tokens[:, :-1])",
