@@ -37,6 +37,8 @@ from nlx.optim.momentum import scale_by_preconditioned_momentum as scale_by_prec
 from nlx.optim.momentum import scale_by_second_moment as scale_by_second_moment
 from nlx.optim.on_clock import OnClockState as OnClockState
 from nlx.optim.on_clock import on_clock as on_clock
+from nlx.optim.preconditioned import PreconditionedState as PreconditionedState
+from nlx.optim.preconditioned import preconditioned as preconditioned
 from nlx.optim.shampoo import scale_by_shampoo as scale_by_shampoo
 from nlx.optim.shampoo import scale_by_soap as scale_by_soap
 from nlx.optim.shampoo import shampoo as shampoo

@@ -16,6 +16,7 @@ from nlx.level import Association, associative_memory
 from nlx.memories import Memory
 from nlx.nest import Nest
 from nlx.optim.alias import with_learning_rate
+from nlx.optim.averages import Share, average, stored
 from nlx.optim.gradient_memory import Gate, check_range, debiased, wide
 from nlx.optim.level import leafwise, wide_dtype
 from nlx.optim.matrices import gathered, split_like
@@ -135,10 +136,11 @@ def scale_by_deep_momentum(
     def step(fields, gradient, param, tick):
         del param
         mu, square, phi = fields
-        slow = debiased(scale_decay)(tick)
         if robust is not None:
             gradient = _shortened(gradient, square, robust, memory, tick)
-        square = square + slow.astype(square.dtype) * (_mean_square(gradient) - square)
+        size, slow = average(square), debiased(scale_decay)(tick).astype(square.dtype)
+        taken = stored(_mean_square(gradient), Share(slow, 1 - slow))
+        square = size.step(size.start(square), taken).params
         moment = context(gradient, _root(square), tick)
         leaf_nest, weights = nest(gradient), {"average": mu, "deep": phi}
         states = leaf_nest.start({name: weights[name] for name in leaf_nest.levels})
@@ -197,10 +199,10 @@ def _nest(like, deep: Deep) -> Nest:
     """The levels of one leaf: the average of its gradients and the deep memory that reads it."""
     write = writes.gated(momentum=False)
     memory = _deep_memory(like, deep) if _learns(like, deep.memory) else None
-    average = associative_memory(memories.constant(like), objectives.l2, write, Clock(1))
+    slow = associative_memory(memories.constant(like), objectives.l2, write, Clock(1))
     turned, entries = (_rows, _rows) if deep.memory == "rows" else (_singles, _single)
     vectors = lambda x: turned(gathered(x))
-    levels = {"average": average}
+    levels = {"average": slow}
     if memory is not None:
         storing = _printed if deep.objective == "dot" else objectives.l2
         levels["deep"] = associative_memory(memory, storing, write, Clock(1))
@@ -311,9 +313,9 @@ def _power(weights, key: Float[Array, "... o i"]) -> Float[Array, ""]:
 
 
 def _mean_square(gradient: Float[Array, "..."]) -> Float[Array, ""]:
-    """Of all entries, at most the largest finite number; 0 of none."""
+    """Of all entries, at most half the largest finite number; 0 of none."""
     mean = jnp.sum(jnp.square(gradient)) / max(gradient.size, 1)
-    return jnp.minimum(mean, jnp.finfo(gradient.dtype).max)
+    return jnp.minimum(mean, jnp.finfo(gradient.dtype).max / 2)
 
 
 def _shortened(gradient, square, robust, memory: Form, tick) -> Float[Array, "..."]:

@@ -36,6 +36,12 @@ MAKERS = {name: getattr(optim, name) for name in SUITE_LEARNING_RATES} | {
         optim.scale_by_newton_schulz(),
         optax.scale_by_learning_rate(rate),
     ),
+    "dmgd_in_soap": lambda rate: optax.chain(
+        optim.preconditioned(
+            optim.scale_by_deep_momentum(), optim.scale_by_soap(0.0, clock=Clock(2, phase=1))
+        ),
+        optax.scale_by_learning_rate(rate),
+    ),
     "dgd": lambda rate: optim.dgd(rate, gamma=0.1),
     "on_clock": lambda rate: optim.on_clock(optim.momentum(rate), Clock(2, phase=1)),
 }
@@ -129,7 +135,7 @@ def test_obeys_the_laws_of_a_transformation(name):
         check_transform(MAKERS[name](0.1), jax.tree.map(jnp.asarray, PARAMS), tolerance=2e-3)
 
 
-def descend(tx, steps=4):
+def descend(tx, steps=4, gradients=gradients):
     """Parameters after some steps; the state keeps its form, and nothing compiles twice."""
     params = jax.tree.map(jnp.asarray, PARAMS)
     tx = optax.with_extra_args_support(tx)
@@ -168,7 +174,6 @@ WRAPPERS = {
     "inject_hyperparams": lambda make: optax.inject_hyperparams(lambda learning_rate: make(
         learning_rate
     ))(learning_rate=0.1),
-    "MultiSteps": lambda make: optax.MultiSteps(make(0.1), 1),
     "apply_if_finite": lambda make: optax.apply_if_finite(make(0.1), 5),
 }  # fmt: skip
 
@@ -176,11 +181,20 @@ WRAPPERS = {
 @everyone
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 def test_wrapped_is_plain(name, wrapper):
-    if (name, wrapper) == ("dgd", "MultiSteps"):  # it passes no extra arguments on
-        with pytest.raises(ValueError, match="`input_gram`"):
-            descend(WRAPPERS[wrapper](MAKERS[name]))
-        return
     close(descend(WRAPPERS[wrapper](MAKERS[name])), plain(name))
+
+
+@everyone
+def test_multi_steps_is_plain_on_the_mean_of_two_gradients(name):
+    tx = optax.MultiSteps(MAKERS[name](0.1), 2)
+    if name == "dgd":  # it passes no extra arguments on
+        with pytest.raises(ValueError, match="`input_gram`"):
+            descend(tx)
+        return
+    mean = lambda step, p: jax.tree.map(
+        lambda a, b: (a + b) / 2, gradients(2 * step, p), gradients(2 * step + 1, p)
+    )
+    close(descend(tx, 4), descend(MAKERS[name](0.1), 2, mean))
 
 
 @everyone
@@ -226,20 +240,23 @@ def test_lookahead_that_follows_the_fast_ones_is_plain(name):
 
 @everyone
 def test_schedule_free_steps_along_it(name):
-    """Its base sequence z moves by the transformation's own update."""
+    """Its base sequence z moves by the transformation's own updates, three times in a row."""
     base = optax.with_extra_args_support(MAKERS[name](0.1))
     tx = optax.contrib.schedule_free(base, 0.1)
     params = jax.tree.map(jnp.asarray, PARAMS)
 
-    def both(params):
-        g, state = gradients(0, params), tx.init(params)
+    @jax.jit
+    def both(params, state, z, own, step):
+        g = gradients(step, params)
         updates, state = tx.update(g, state, params, input_gram=GRAM)
-        own, _ = base.update(g, base.init(params), params, input_gram=GRAM)
-        return optax.apply_updates(params, updates), state.z, optax.apply_updates(params, own)
+        moved, own = base.update(g, own, params, input_gram=GRAM)
+        return optax.apply_updates(params, updates), state, optax.apply_updates(z, moved), own
 
-    moved, z, wanted = jax.jit(both)(params)
-    close(z, wanted)
-    assert all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves(moved))
+    state, z, own = tx.init(params), params, base.init(params)
+    for step in range(3):
+        params, state, z, own = both(params, state, z, own, step)
+        close(state.z, z)
+    assert all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves(params))
 
 
 @everyone

@@ -44,12 +44,22 @@ def clocked_dmgd(learning_rate: optax.ScalarOrSchedule):
     return optim.on_clock(optim.dmgd(learning_rate), nlx.Clock(2), reduce="sum")
 
 
+def dmgd_in_soap(learning_rate: optax.ScalarOrSchedule):
+    """Deep momentum read out through SOAP's eigenbasis and second moment."""
+    memory = optim.scale_by_deep_momentum()
+    return optax.chain(
+        optim.preconditioned(memory, optim.scale_by_soap(0.0)),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+
+
 FACTORIES = {name: getattr(optim, name) for name in SUITE_LEARNING_RATES} | {
     "feature_momentum": feature_momentum,
     "clocked_sgd": clocked_sgd,
     "clocked_dmgd": clocked_dmgd,
+    "dmgd_in_soap": dmgd_in_soap,
 }
-RATES = SUITE_LEARNING_RATES | {"clocked_sgd": 1e-3, "clocked_dmgd": 1e-2}
+RATES = SUITE_LEARNING_RATES | {"clocked_sgd": 1e-3, "clocked_dmgd": 1e-2, "dmgd_in_soap": 1e-2}
 VARIANTS = (
     ("dmgd", {"learning_rate": 1e-3, "precondition": False}),
     ("dmgd", {"learning_rate": 1e-2, "memory": "coordinates"}),
