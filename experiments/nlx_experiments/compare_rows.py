@@ -3,6 +3,7 @@
 
 import functools
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import optax
 from optax import contrib
@@ -68,22 +69,22 @@ def quadratic(noise: str) -> Row:
 
 def digits() -> Row:
     """(iii) An MLP on scikit-learn's digits."""
-    linear = lambda rate, momentum: optim.dmgd(rate, momentum, hidden=(), inner_lr=0.05)
-
-    def averaged(rate, momentum):
-        return contrib.schedule_free(
-            optim.dmgd(rate, 0.0, hidden=(), inner_lr=0.05), rate, momentum
-        )
+    linear: dict[str, Any] = {"hidden": (), "inner_lr": 0.05}
 
     def in_soap(rate, momentum):
-        """Eq. 47 with SOAP for P: its eigenbasis and second moment, DMGD for its first."""
-        memory = optim.scale_by_deep_momentum(momentum, hidden=(), inner_lr=0.05)
-        return optax.chain(optim.scale_by_soap(0.0), memory, optax.scale_by_learning_rate(rate))
+        """Eq. 47 with DMGD's memory for M and SOAP's eigenbasis and second moment for P."""
+        memory = optim.scale_by_deep_momentum(momentum, **linear)
+        scaled = optim.preconditioned(memory, optim.scale_by_soap(0.0))
+        return optax.chain(scaled, optax.scale_by_learning_rate(rate))
 
+    def averaged(rate, momentum):
+        return contrib.schedule_free(in_soap(rate, 0.0), rate, momentum)
+
+    weights = contrib.schedule_free_eval_params
     deep = {
         "dmgd in soap": Rule(in_soap, deep=True),
-        "dmgd, averaged": Rule(averaged, deep=True, weights=contrib.schedule_free_eval_params),
-        "dmgd": Rule(linear, deep=True),
+        "dmgd in soap, averaged": Rule(averaged, deep=True, weights=weights, aside=True),
+        "dmgd": Rule(lambda rate, momentum: optim.dmgd(rate, momentum, **linear), deep=True),
         "delta momentum": rules.DELTA,
         "m3": rules.M3,
         "dgd": Rule(
@@ -93,8 +94,8 @@ def digits() -> Row:
             reads_inputs=True,
         ),
     }
-    declared = {"constant": ("dmgd, averaged", FIRST), "cosine": ("dmgd in soap", NEAR)}
-    competitors = {**rules.rivals(), **deep}
+    declared = {"constant": ("dmgd in soap", FIRST), "cosine": ("dmgd in soap", NEAR)}
+    competitors = {**rules.rivals(), "soap, averaged": rules.AVERAGED_SOAP, **deep}
     return Row(tasks.digits(), competitors, declared, (-3, 0), seeds=20, tuning=20, batch=20)
 
 

@@ -24,6 +24,7 @@ class Rule(NamedTuple):
     settings: Settings = MOMENTA
     deep: bool = False
     weights: Callable[[Any, Any], Any] = lambda state, params: params  # (state, params), to score
+    aside: bool = False  # shown, and no part of what "first" is of
     reads_inputs: bool = False  # whether `update` takes the Gram matrices of the layers' inputs
 
 
@@ -96,4 +97,9 @@ DELTA = Rule(_momentum_of(optim.delta_momentum), deep=True)
 DMGD = Rule(_momentum_of(optim.dmgd), deep=True)
 DMGD_LINEAR = Rule(_momentum_of(optim.dmgd, hidden=()), deep=True)
 M3 = Rule(_momentum_of(optim.m3), deep=True)
+AVERAGED_SOAP = Rule(
+    lambda rate, momentum=0.9: contrib.schedule_free(optim.soap(rate, 0.0), rate, momentum),
+    weights=contrib.schedule_free_eval_params,
+    aside=True,
+)
 AVERAGED_MUON = Rule(_averaged_muon, weights=contrib.schedule_free_eval_params)

@@ -29,7 +29,7 @@ SCHEDULES = ("constant", "cosine")
 # The one grid of learning rates: four to a decade. Tuning begins on every second one.
 TO_A_DECADE, COARSE = 4, 2
 EXTENSIONS = 4  # how often the grid may grow before the best is called one on its edge
-FRESH = 3000  # the first of the seeds that are reported; rates are chosen on 0, 1, ...
+FRESH = 4000  # the first of the seeds that are reported; rates are chosen on 0, 1, ...
 WORKERS = 2  # batches at a time
 
 

@@ -31,7 +31,9 @@ def scale_by_adam_memory(
 
     b1, b2: in [0, 1]. ridge: >= 0. An entry whose gradients were all 0 gets 0.
     literal: the printed recurrences, sums that never decay: M <- M + b1 u, H <- H + b2 u^2 and
-        P = sqrt(sum u^2), so that update = M / sqrt(b2 H) for ridge -> 0. They forget nothing.
+        P = sqrt(sum u^2), so that update = M / sqrt(b2 H) for ridge -> 0. They forget nothing,
+        and overflow where gradients stay above a quarter of the root of the largest number
+        (float32: 5e18).
 
     Raises ValueError for an argument out of range.
     Source: Behrouz et al. (2025), Nested Learning, eqs. 101-103, 105.

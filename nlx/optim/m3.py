@@ -58,7 +58,8 @@ def scale_by_m3(
         second moment is `optax.contrib.muon(consistent_rms=0.2)`. clock: of the slow memory.
     second_moment: as the paper has it; without it the state is smaller and, in our runs, the result
         no worse. With b2 near 0.95 an entry whose gradient has died down gets the whole step.
-    eps: >= 0. ns_steps: of `nlx.ops.newton_schulz`, >= 0.
+    eps: >= 0. ns_steps: of `nlx.ops.newton_schulz`, >= 0; with `optax.inject_hyperparams` name it
+        in `static_args`.
     literal: Algorithm 1 as printed, sums that never decay, no look-ahead, no rescaling:
         M1 <- M1 + b1 u ;  V <- V + b2 u^2 ;  M2 <- M2 + b3 (sum of the last block's u)
         update = (NS(M1) + alpha NS(M2)) / (sqrt(V) + eps)

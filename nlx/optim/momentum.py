@@ -132,7 +132,8 @@ def scale_by_delta_momentum(
         shrink alike. With an average a vector's m shrinks where gradients are large.
     nesterov: read u + decay m.
     literal: the printed rule, c = erase (1 in the paper) and update = m. Its recursion contains no
-        learning rate, so it diverges at any where erase ||u||^2 > 1 + decay, that is, as a rule.
+        learning rate, so it diverges, to inf and NaN, at any where erase ||u||^2 > 1 + decay, that
+        is, as a rule.
 
     Raises ValueError for an argument out of range.
     Source: Behrouz et al. (2025), Nested Learning, eqs. 48, 49 (right multiplication, in its
@@ -254,7 +255,7 @@ def scale_by_newton_schulz(ns_steps: int = 5) -> Transformation:
 
     Other leaves stay as they are. Behind `scale_by_deep_momentum` it reads DMGD.
 
-    ns_steps: of `nlx.ops.newton_schulz`, >= 0.
+    ns_steps: of `nlx.ops.newton_schulz`, >= 0; static for `optax.inject_hyperparams`.
     Source: Behrouz et al. (2025), Nested Learning, eqs. 42, 52.
     """
 
@@ -277,7 +278,8 @@ def scale_by_orthogonal_momentum(
     The factor gives updates the size of Adam's. Leaves that aren't matrices: Adam's update,
     `scale_by_adam_memory`.
 
-    decay: in [0, 1]. ns_steps: of `nlx.ops.newton_schulz`, >= 0.
+    decay: in [0, 1]. ns_steps: of `nlx.ops.newton_schulz`, >= 0; static for
+        `optax.inject_hyperparams`.
     Raises ValueError for an argument out of range.
     Source: Jordan et al. (2024); Behrouz et al. (2025), Nested Learning, eqs. 42, 52. Equal to
     `optax.contrib.muon(consistent_rms=0.2, eps=0)` on matrices, save that its Nesterov form weighs

@@ -49,7 +49,8 @@ def scale_by_shampoo(
     for each matrix u [..., in, out]. A side shorter than 2 or longer than 2048 is left alone, the
     other then has the power -1/2. Leaves without a side have the element-wise memory.
 
-    b1, b2: decays, in [0, 1]. ridge: >= 0, added to eigenvalues, relative to the largest.
+    b1, b2: decays, in [0, 1]. ridge: >= 0, added to eigenvalues, relative to the largest; below
+        about 1e-6 rounding decides the small ones in float32.
     eps: >= 0. clock: when the roots are made anew, before the update; until it first fires they are
         the identity. State: twice the parameters, and 2 (in^2 + out^2) for each matrix.
 

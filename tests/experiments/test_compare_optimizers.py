@@ -153,8 +153,8 @@ def test_an_unfinished_line_is_dropped(tmp_path):
 def entry(losses, **fields):
     curve = [3.0, 2.0, sum(losses) / len(losses)]
     found = {"losses": losses, "curve": curve, "rate": 0.1, "setting": {}, "edge": False}
-    seconds = fields.pop("seconds", 1.0)
-    return {"deep": False, "bytes": 8, "seconds": seconds, "constant": {**found, **fields}}
+    own = {name: fields.pop(name, value) for name, value in (("seconds", 1.0), ("aside", False))}
+    return {"deep": False, "bytes": 8, **own, "constant": {**found, **fields}}
 
 
 def test_the_table_says_who_won_and_who_did_not():
@@ -173,6 +173,10 @@ def test_the_table_says_who_won_and_who_did_not():
         "bowl, constant: ours was meant first: **yes**, 1.1 against 2.1 of adamw, "
         "7.1 standard errors apart."
     ]
+    known["optimizers"]["averaged"] = entry([0.1, 0.1], aside=True)
+    (said,) = compare_optimizers.verdict("bowl", known)
+    assert "first: **yes**, 1.1 against 2.1 of adamw" in said
+    del known["optimizers"]["averaged"]
     known["optimizers"]["adamw"] = entry([1.0, 1.0])
     (said,) = compare_optimizers.verdict("bowl", known)
     assert "first: **no**" in said
@@ -193,6 +197,20 @@ def test_bad_input_gets_one_sentence(tmp_path):
         compare_optimizers.main(options(place=tmp_path))
 
 
+def test_cells_of_other_code_are_not_reused(tmp_path, monkeypatch):
+    """An optimizer edited under its old name."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(compare_rows, "TINY", {})
+    options = compare_optimizers.Tiny(runs=tmp_path, place=tmp_path)
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "optimizers.md").write_text("")
+    compare_optimizers.main(options)
+    compare_optimizers.main(options)
+    monkeypatch.setattr(compare_optimizers, "code", lambda: {"m3.py": "edited"})
+    with pytest.raises(Refused, match="begun with"):
+        compare_optimizers.main(options)
+
+
 def test_every_declared_optimizer_competes():
     for name, make in compare_rows.FULL.items():
         made = make()
@@ -200,6 +218,7 @@ def test_every_declared_optimizer_competes():
         assert rivals | {"shampoo", "soap"} <= set(made.rules), name
         for declared, _ in made.declared.values():
             assert made.rules[declared].deep, name
+            assert not made.rules[declared].aside, name
 
 
 def test_labels_are_permuted_and_forgotten():
