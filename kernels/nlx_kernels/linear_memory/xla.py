@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float
 
 from nlx_kernels._checks import resets
@@ -56,7 +57,8 @@ def linear_memory(q, k, v, *, retain, erase, rate, state, read, segment_ids, blo
         rate=_blocks(rate, c, 0),
         kept=_blocks(jnp.broadcast_to(kept[..., None], (b, t, h)), c, True),
     )
-    blocks = jax.checkpoint(_prepare, static_argnums=1)(tokens, read)
+    keep = jax.checkpoint_policies.save_only_these_names("nlx_inverse")
+    blocks = jax.checkpoint(_prepare, policy=keep, static_argnums=1)(tokens, read)
     state, y = jax.lax.scan(jax.checkpoint(_advance), state, blocks)
     y = jnp.moveaxis(y, (0, 2), (1, 3))
     return y.reshape(b, -1, h, y.shape[-1])[:, :t], state
@@ -75,20 +77,25 @@ def _prepare(tokens: Tokens, read: str) -> Block:
     """All that can be known of the blocks without the states they start from."""
     q, k, v, retain, erase, rate, kept = tokens
     products = interval_products(jnp.where(kept, retain, 0))
-    before = jnp.where(kept[..., None], products[..., :-1, :], 0)
-    after = products[..., 1:, :]
-    system = erase[..., None] * before[..., 1:] * (k @ k.mT)
-    right = jnp.concatenate([rate[..., None] * v, (erase * before[..., 0])[..., None] * k], -1)
-    solved = unit_lower_inverse(system) @ right
-    decay = after if read == "after_write" else before
+    start, inside = products[..., 0], products[..., 1:]
+    before = jnp.where(kept, start[..., :-1], 0), jnp.where(kept[..., None], inside[..., :-1, :], 0)
+    after = start[..., 1:], inside[..., 1:, :]
+    inverse = unit_lower_inverse(erase[..., None] * before[1] * _products(k, k))
+    inverse = checkpoint_name(inverse, "nlx_inverse")
+    read_start, read_inside = after if read == "after_write" else before
     return Block(
-        written=solved[..., : v.shape[-1]],
-        taken=solved[..., v.shape[-1] :],
-        query=decay[..., :1] * q,
-        scores=decay[..., 1:] * (q @ k.mT),
-        carry=after[..., -1, 0],
-        key=after[..., -1, 1:, None] * k,
+        written=inverse @ (rate[..., None] * v),
+        taken=inverse @ ((erase * before[0])[..., None] * k),
+        query=read_start[..., None] * q,
+        scores=read_inside * _products(q, k),
+        carry=after[0][..., -1],
+        key=after[1][..., -1, :, None] * k,
     )
+
+
+def _products(x: Float[Array, "*n i d"], y: Float[Array, "*n j d"]) -> Float[Array, "*n i j"]:
+    """x y^T; written with `.mT`, its gradients would copy transposed matrices on a CPU."""
+    return jnp.einsum("...id,...jd->...ij", x, y)
 
 
 def _advance(state: Float[Array, "b h k v"], block: Block):
