@@ -113,8 +113,8 @@ MUTATIONS = (
     Mutation(
         "the phase of a clock",
         "nlx/clock.py",
-        " - self.phase) % self.period",
-        ") % self.period",
+        "self._since(tick, 1 - self.phase) == 0",
+        "self._since(tick, 1) == 0",
         "nlx/test_clock.py",
     ),
     Mutation(
@@ -141,8 +141,8 @@ MUTATIONS = (
     Mutation(
         "the taking out of tokens that are not finite",
         "kernels/nlx_kernels/_finite.py",
-        "        _select(bad, tokens, 0),\n",
-        "        tokens,\n",
+        "_clear(bad, tokens), state, mark",
+        "tokens, state, mark",
         "kernels/test_finite.py",
     ),
     Mutation(
@@ -361,6 +361,34 @@ MUTATIONS = (
         "gradient = _shortened(",
         "_shortened(",
         "nlx/optim/test_deep_momentum.py",
+    ),
+    Mutation(
+        "that a preconditioner learns from the gradients, not from the memory",
+        "nlx/optim/preconditioned.py",
+        "_, seen = scales.update(updates, ",
+        "_, seen = scales.update(said, ",
+        "nlx/optim/test_preconditioned.py",
+    ),
+    Mutation(
+        "the average in the scale of deep momentum",
+        "nlx/optim/deep_momentum.py",
+        "Share(slow, 1 - slow))",
+        "Share(jnp.ones_like(slow), 0 * slow))",
+        "nlx/optim/test_deep_momentum.py",
+    ),
+    Mutation(
+        "the reset inside a block of linear_memory",
+        "kernels/nlx_kernels/linear_memory/xla.py",
+        "jnp.where(kept[..., None], inside[..., :-1, :], 0)",
+        "inside[..., :-1, :]",
+        "kernels/test_linear_memory.py",
+    ),
+    Mutation(
+        "the gates between a write and a later token of its block",
+        "kernels/nlx_kernels/linear_memory/xla.py",
+        "erase[..., None] * before[1] * _products",
+        "erase[..., None] * _products",
+        "kernels/test_linear_memory.py",
     ),
     Mutation(
         "the weight decay of M3's alias",
