@@ -24,9 +24,9 @@ VOCABULARY, WIDTH, HIDDEN, ROWS, CHUNK, CHUNKS = 7, 4, 3, 2, 2, 8
 RATES, KEPT = (0.5, 0.3, 0.2, 0.4, 0.1), 0.5
 LIMITS = {"sequential": 0.4, "nested": np.inf, "independent": 0.4}
 PERIODS = {"sequential": (1, 4), "nested": (1, 2), "independent": (2, 3)}
+THREE = ("nested", (1, 2, 4))  # the fewest with a level in the middle
 MORE = [
     ("sequential", (1, 2, 2, 4, 8)),
-    ("nested", (1, 2, 4)),
     ("nested", (1, 1, 2, 8)),
     ("independent", (1, 1, 2, 3)),
 ]
@@ -211,6 +211,7 @@ def numpy_stream(variant, periods, model, row):
     ("variant", "periods"),
     [
         *PERIODS.items(),
+        THREE,
         *(pytest.param(*more, marks=pytest.mark.slow) for more in MORE),
     ],
 )
