@@ -131,8 +131,8 @@ class Attention(nnx.Module):
         slots = capacity if self.window is None else self.window
         check_sizes(batch=batch, capacity=slots)
         dtype = self.key.kernel.dtype if dtype is None else dtype
-        empty = jnp.zeros((batch, slots, self.kv_heads, self.head_dim), dtype)
-        return AttentionState(empty, empty, jnp.zeros(batch, jnp.int32))
+        empty = lambda: jnp.zeros((batch, slots, self.kv_heads, self.head_dim), dtype)
+        return AttentionState(empty(), empty(), jnp.zeros(batch, jnp.int32))
 
     def __call__(
         self,

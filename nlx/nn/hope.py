@@ -149,7 +149,8 @@ class SelfModifying(nnx.Module):
         weights = jax.tree.map(lambda w: jnp.broadcast_to(w, (batch, *w.shape)), memories)
         momentum = None if self.momentum is None else jax.tree.map(jnp.zeros_like, weights)
         position = jnp.zeros(batch, jnp.int32)
-        memory = ops.SelfModifyingState(weights, weights, momentum, position)
+        start = jax.tree.map(jnp.copy, weights)  # a buffer of its own: the state may be donated
+        memory = ops.SelfModifyingState(weights, start, momentum, position)
         return HopeState(self.streams.init_state(batch, dtype), memory)
 
     def parameters(self) -> ops.SelfModifyingParameters:

@@ -118,7 +118,8 @@ class DeepMemory(nnx.Module):
         """The state before the first token, at these weights [h, i, o] in every row."""
         rows = tuple(jnp.broadcast_to(w, (batch, *w.shape)) for w in weights)
         momentum = None if self.momentum is None else jax.tree.map(jnp.zeros_like, rows)
-        return ops.MLPMemoryState(rows, rows, momentum, jnp.zeros(batch, jnp.int32))
+        start = jax.tree.map(jnp.copy, rows)  # a buffer of its own: the state may be donated
+        return ops.MLPMemoryState(rows, start, momentum, jnp.zeros(batch, jnp.int32))
 
 
 class NeuralMemory(nnx.Module):

@@ -272,8 +272,8 @@ class TitansMAC(nnx.Module):
 
     def _nothing_kept(self, batch: int, dtype: DTypeLike) -> Kept:
         heads, head_dim = self.memory.heads, self.memory.head_dim
-        empty = jnp.zeros((batch, self.memory.chunk_size, 2 * heads, head_dim), dtype)
-        return Kept(empty, empty)
+        empty = lambda: jnp.zeros((batch, self.memory.chunk_size, 2 * heads, head_dim), dtype)
+        return Kept(empty(), empty())
 
 
 def _parts(query: Float[Array, "b c h d"], kept: Kept, seen: Bool[Array, "b c s"]) -> list[Part]:

@@ -122,7 +122,8 @@ class TTT(nnx.Module):
         windows = {name: c.init_state(batch, dtype) for name, c in self.convolutions.items()}
         rows = tuple(jnp.broadcast_to(w, (batch, *w.shape)) for w in self.weights())
         position = jnp.zeros(batch, jnp.int32)
-        return TTTState(windows, ops.MLPMemoryState(rows, rows, None, position))
+        start = tuple(jnp.copy(w) for w in rows)  # a buffer of its own: the state may be donated
+        return TTTState(windows, ops.MLPMemoryState(rows, start, None, position))
 
     def ask(
         self,
