@@ -28,6 +28,7 @@ from nlx_experiments.console import say
 from nlx_experiments.errors import Refused
 
 LIMIT = 900  # bytes of a text that are read
+AS_MEMORY = {"adamw": "adam_memory"}  # optax's optimizers of `nlx train`: the same rule as levels
 KERNEL = (64, 32)  # an optimizer is shown for one kernel of this shape
 
 
@@ -102,11 +103,12 @@ def of_run(chosen: TrainConfig, text: pathlib.Path | None) -> None:
     pictures = {"Its levels, slow ones at the bottom": folder / "levels.png"}
     diagram.draw(folder / "levels.png", chosen.preset, rows, nlx.inspect.wiring(model))
     tables = []
-    if chosen.optimizer in (rules := optimizers()):
-        rule, params = _rule(rules[chosen.optimizer])
-        tables.append(_optimizer_table(chosen.optimizer, rule, params))
-        pictures["The optimizer's levels"] = folder / "optimizer.png"
-        _draw_optimizer(folder / "optimizer.png", chosen.optimizer, rule, params)
+    title = AS_MEMORY.get(chosen.optimizer, chosen.optimizer)
+    rule, params = _rule(optimizers()[title])
+    title = title if title == chosen.optimizer else f"{chosen.optimizer}, as {title}"
+    tables.append(_optimizer_table(title, rule, params))
+    pictures["The optimizer's levels"] = folder / "optimizer.png"
+    _draw_optimizer(folder / "optimizer.png", title, rule, params)
     tokens = jnp.concatenate([jnp.array([data.SEPARATOR]), jnp.asarray(content, jnp.int32)])[None]
     watched: Watched = jax.tree.map(np.asarray, nnx.jit(nlx.inspect.watch)(model, tokens))
     bits = np.asarray(watched.bits)[0]

@@ -68,9 +68,11 @@ def test_traces_of_many_blocks_and_levels_are_drawn(folder):
 def test_a_transformer_says_what_it_has_not(monkeypatch, capsys):
     begun(monkeypatch, "transformer++-tiny")
     assert run.main(["inspect", "some", "--text", "text"]) == 0
-    assert "attention, which keeps tokens as they are" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "attention, which keeps tokens as they are" in out
+    assert "adamw, as adam_memory: its levels" in out
     drawn = {path.stem for path in pathlib.Path("some/inspect").glob("*.png")}
-    assert drawn == {"levels", "surprise", "training"}
+    assert drawn == {"levels", "optimizer", "surprise", "training"}
 
 
 @pytest.mark.parametrize(
