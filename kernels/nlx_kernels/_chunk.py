@@ -31,7 +31,12 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
-from nlx_kernels._solve import interval_products, unit_lower_inverse
+from nlx_kernels._solve import (
+    columns_by_columns,
+    interval_products,
+    rows_by_rows,
+    unit_lower_inverse,
+)
 
 Tree = TypeVar("Tree")
 
@@ -151,7 +156,7 @@ def solve_write(
     if erase is None:
         return Write(z, delta, None)
     erase = jnp.where(piece.valid, erase, 0.0)
-    gram = z @ z.mT
+    gram = rows_by_rows(z, z)
     target = decay.before_A0[..., None] * (z @ weights) - (decay.before_c * gram) @ delta
     if momentum is not None and decay.before_B0 is not None:
         target += decay.before_B0[..., None] * (z @ momentum)
@@ -167,7 +172,7 @@ def read_write(
     decay: Decay,
 ) -> Float[Array, "*n c o"]:
     """Reads ``query_t W_t``, the running weights after token t's write."""
-    scores = query @ write.z.mT
+    scores = rows_by_rows(query, write.z)
     out = decay.A0[..., None] * (query @ weights) - (decay.c * scores) @ write.delta
     if momentum is not None and decay.B0 is not None:
         out += decay.B0[..., None] * (query @ momentum)
@@ -195,12 +200,12 @@ def end_write(
     change = row(decay.c) * write.delta
     if write.erased is not None:
         change += row(decay.A) * write.erased
-    out = (kept(decay.A0) + empty[..., None, None]) * weights - write.z.mT @ change
+    out = (kept(decay.A0) + empty[..., None, None]) * weights - columns_by_columns(write.z, change)
     if momentum is None or decay.M is None:
         return out, None
     out += kept(decay.B0) * momentum
     m0 = kept(decay.M0) + empty[..., None, None]
-    return out, m0 * momentum - write.z.mT @ (row(decay.M) * write.delta)
+    return out, m0 * momentum - columns_by_columns(write.z, row(decay.M) * write.delta)
 
 
 ACTIVATIONS = {
@@ -256,7 +261,7 @@ def backward(
         (error,) = pull(out + key - value if residual else out - value)
     errors = [error]
     for weight, pull in zip(weights[:0:-1], pulls[::-1], strict=True):
-        (error,) = pull(error @ weight.mT)
+        (error,) = pull(rows_by_rows(error, weight))
         errors.append(error)
     return Trace(tuple(inputs), tuple(errors[::-1]))
 

@@ -85,6 +85,18 @@ def _inverse_under_masks(a: Float[Array, "*n c c"]) -> Float[Array, "*n c c"]:
     return x
 
 
+def rows_by_rows(x: Float[Array, "*n i d"], y: Float[Array, "*n j d"]) -> Float[Array, "*n i j"]:
+    """x y^T; written with `.mT`, its gradients would copy transposed matrices on a CPU."""
+    return jnp.einsum("...id,...jd->...ij", x, y)
+
+
+def columns_by_columns(
+    x: Float[Array, "*n c i"], y: Float[Array, "*n c j"]
+) -> Float[Array, "*n i j"]:
+    """x^T y, likewise."""
+    return jnp.einsum("...ci,...cj->...ij", x, y)
+
+
 def _like(matrix: np.ndarray, vectors: Float[Array, "*n c"]) -> Bool[Array, "*n c c"]:
     """A constant matrix with leading axes of size 1."""
     return jnp.asarray(matrix).reshape((1,) * (vectors.ndim - 1) + matrix.shape)

@@ -12,7 +12,12 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float
 
 from nlx_kernels._checks import resets
-from nlx_kernels._solve import interval_products, unit_lower_inverse
+from nlx_kernels._solve import (
+    columns_by_columns,
+    interval_products,
+    rows_by_rows,
+    unit_lower_inverse,
+)
 
 
 class Tokens(NamedTuple):
@@ -80,26 +85,21 @@ def _prepare(tokens: Tokens, read: str) -> Block:
     start, inside = products[..., 0], products[..., 1:]
     before = jnp.where(kept, start[..., :-1], 0), jnp.where(kept[..., None], inside[..., :-1, :], 0)
     after = start[..., 1:], inside[..., 1:, :]
-    inverse = unit_lower_inverse(erase[..., None] * before[1] * _products(k, k))
+    inverse = unit_lower_inverse(erase[..., None] * before[1] * rows_by_rows(k, k))
     inverse = checkpoint_name(inverse, "nlx_inverse")
     read_start, read_inside = after if read == "after_write" else before
     return Block(
         written=inverse @ (rate[..., None] * v),
         taken=inverse @ ((erase * before[0])[..., None] * k),
         query=read_start[..., None] * q,
-        scores=read_inside * _products(q, k),
+        scores=read_inside * rows_by_rows(q, k),
         carry=after[0][..., -1],
         key=after[1][..., -1, :, None] * k,
     )
-
-
-def _products(x: Float[Array, "*n i d"], y: Float[Array, "*n j d"]) -> Float[Array, "*n i j"]:
-    """x y^T; written with `.mT`, its gradients would copy transposed matrices on a CPU."""
-    return jnp.einsum("...id,...jd->...ij", x, y)
 
 
 def _advance(state: Float[Array, "b h k v"], block: Block):
     """One block: the state after it, and its reads."""
     u = block.written - block.taken @ state
     y = block.query @ state + block.scores @ u
-    return block.carry[..., None, None] * state + block.key.mT @ u, y
+    return block.carry[..., None, None] * state + columns_by_columns(block.key, u), y
