@@ -4,11 +4,12 @@
 The derivation is in README.md. Axes: n blocks, c tokens of one block.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from nlx_kernels._checks import resets
 from nlx_kernels._solve import interval_products, unit_lower_inverse
@@ -23,7 +24,7 @@ class Tokens(NamedTuple):
     retain: Float[Array, "n b h c"]
     erase: Float[Array, "n b h c"]
     rate: Float[Array, "n b h c"]
-    kept: Bool[Array, "n b h c"]  # False where a segment begins
+    kept: Float[Array, "n b h c"]  # 0 where a segment begins, else 1
 
 
 class Block(NamedTuple):
@@ -48,16 +49,16 @@ def linear_memory(q, k, v, *, retain, erase, rate, state, read, segment_ids, blo
     b, t, h, _ = q.shape
     c = min(block_size, t)
     reset = resets(segment_ids)
-    kept = jnp.ones((b, t), bool) if reset is None else ~reset
+    kept = jnp.ones((b, t), retain.dtype) if reset is None else (~reset).astype(retain.dtype)
     tokens = Tokens(
         *(_blocks(x.astype(state.dtype), c, 0) for x in (q, k, v)),
         retain=_blocks(retain, c, 1),
         erase=_blocks(erase, c, 0),
         rate=_blocks(rate, c, 0),
-        kept=_blocks(jnp.broadcast_to(kept[..., None], (b, t, h)), c, True),
+        kept=_blocks(jnp.broadcast_to(kept[..., None], (b, t, h)), c, 1),
     )
-    blocks = jax.checkpoint(_prepare, static_argnums=1)(tokens, read)
-    state, y = jax.lax.scan(jax.checkpoint(_advance), state, blocks)
+    blocks = jax.checkpoint(prepare, static_argnums=1)(tokens, read)
+    state, y = jax.lax.scan(jax.checkpoint(advance), state, blocks)
     y = jnp.moveaxis(y, (0, 2), (1, 3))
     return y.reshape(b, -1, h, y.shape[-1])[:, :t], state
 
@@ -71,11 +72,11 @@ def _blocks(x: Float[Array, "b t h *d"], c: int, neutral: float) -> Float[Array,
     return jnp.moveaxis(x, (1, 3), (0, 2))
 
 
-def _prepare(tokens: Tokens, read: str) -> Block:
+def prepare(tokens: Tokens, read: str, products_of: Callable = interval_products) -> Block:
     """All that can be known of the blocks without the states they start from."""
     q, k, v, retain, erase, rate, kept = tokens
-    products = interval_products(jnp.where(kept, retain, 0))
-    before = jnp.where(kept[..., None], products[..., :-1, :], 0)
+    products = products_of(jnp.where(kept > 0, retain, 0))
+    before = jnp.where(kept[..., None] > 0, products[..., :-1, :], 0)
     after = products[..., 1:, :]
     system = erase[..., None] * before[..., 1:] * (k @ k.mT)
     right = jnp.concatenate([rate[..., None] * v, (erase * before[..., 0])[..., None] * k], -1)
@@ -91,7 +92,7 @@ def _prepare(tokens: Tokens, read: str) -> Block:
     )
 
 
-def _advance(state: Float[Array, "b h k v"], block: Block):
+def advance(state: Float[Array, "b h k v"], block: Block):
     """One block: the state after it, and its reads."""
     u = block.written - block.taken @ state
     y = block.query @ state + block.scores @ u
