@@ -30,7 +30,6 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 VMEM_LIMIT = 56 * 2**20  # bytes a kernel may ask for: v5p and v7x have 64 MiB, v5e and v6e 128
-TEMPORARIES = 8  # what one chunk computes, in states and tokens: found by compiling
 Step = Callable[[Any, Any, Any, Any], tuple[Any, jax.Array]]
 
 
@@ -43,6 +42,8 @@ class Plan(NamedTuple):
       every: chunks per group, the distance of checkpoints.
       heads: heads per grid step, a divisor of the number of heads.
       precision: of products that do not say their own.
+      work: bytes of VMEM that `step` and its derivative take beside state and tokens, as compilers
+        were seen to take.
       interpret: run on the CPU, on memory that is NaN until written.
     """
 
@@ -51,6 +52,7 @@ class Plan(NamedTuple):
     every: int
     heads: int
     precision: str
+    work: int
     interpret: bool
 
 
@@ -326,16 +328,23 @@ def needs(plan: Plan, constants: Any, state: Any, tokens: Any, marks: Any) -> in
     Blocks that move are there twice, one being copied while another is computed with; then the
     states of a group; then what one chunk computes.
     """
-    total = lambda tree, lead: sum(_bytes(x, lead) for x in jax.tree.leaves(tree))
+    total = lambda tree, lead: sum(
+        block_bytes(x.shape[lead:], x.dtype) for x in jax.tree.leaves(tree)
+    )
     states, slow = plan.heads * total(state, 2), plan.heads * total(constants, 1)
     chunk = plan.heads * total(tokens, 3) + total(marks, 3)
-    moving = 2 * states + 4 * slow + plan.every * 5 * chunk
-    return moving + (plan.every + 3) * states + TEMPORARIES * (states + chunk)
+    return 4 * slow + plan.every * 5 * chunk + (plan.every + 5) * states + plan.work
 
 
-def _bytes(x: Any, lead: int) -> int:
-    """Bytes of one block in VMEM, whose last two axes are filled up to whole registers."""
-    item = jnp.dtype(x.dtype).itemsize
-    *outer, rows, columns = (1, 1, *x.shape[lead:])
+def held(counts: tuple[int, int], array: int, state: Any) -> int:
+    """Bytes of so many arrays of a chunk, and so many states [b, h, ...] of one head."""
+    one = sum(block_bytes(x.shape[2:], x.dtype) for x in jax.tree.leaves(state))
+    return counts[0] * array + counts[1] * one
+
+
+def block_bytes(shape: tuple[int, ...], dtype: Any = jnp.float32) -> int:
+    """Bytes of a block in VMEM, whose last two axes are filled up to whole registers."""
+    item = jnp.dtype(dtype).itemsize
+    *outer, rows, columns = (1, 1, *shape)
     sublanes = 8 * max(1, 4 // item)
     return math.prod(outer) * -(-rows // sublanes) * sublanes * -(-columns // 128) * 128 * item

@@ -16,6 +16,7 @@ from nlx_kernels import (
 )
 from nlx_kernels._dispatch import choose
 from nlx_kernels.linear_memory.api import OFFERED as OF_LINEAR
+from nlx_kernels.mlp_memory.api import OFFERED as OF_MLP
 from nlx_kernels.self_modifying_memory.api import OFFERED as OF_HOPE
 
 TOKEN, GATE = jnp.zeros((2, 5, 3, 4)), jnp.zeros((2, 5, 3))
@@ -56,7 +57,11 @@ CALLS = {
         x=TOKEN, q=TOKEN, parameters=PARAMETERS, chunk_size=2, projection_chunk_size=4
     ),
 }
-OFFERED = dict.fromkeys(CALLS, ()) | {linear_memory: OF_LINEAR, self_modifying_memory: OF_HOPE}
+OFFERED = dict.fromkeys(CALLS, ()) | {
+    linear_memory: OF_LINEAR,
+    mlp_memory: OF_MLP,
+    self_modifying_memory: OF_HOPE,
+}
 HALF = GATE.astype(jnp.bfloat16)
 NARROW = TOKEN[..., :3]
 DEEP = (jnp.zeros((3, 4, 4)),) * 5

@@ -21,6 +21,8 @@ from nlx_kernels._solve import interval_products_in_kernel
 from nlx_kernels.linear_memory import xla
 
 EVERY = 4  # blocks from one kept state to the next
+# Arrays [c, c], [c, k] or [c, v] that a block's derivative was seen to hold in VMEM.
+HELD, HELD_FLOAT32 = 24, 60
 HEADS = 4  # heads whose blocks are computed side by side, so that one fills another's waiting
 
 
@@ -91,9 +93,14 @@ def _plan(settings, *arrays):
         every=min(EVERY, 1 << (-(-t // min(block_size, t)) - 1).bit_length()),
         heads=max(n for n in range(1, HEADS + 1) if heads % n == 0),
         precision="default" if tokens[0].dtype == jnp.bfloat16 else "highest",
+        work=0,
         interpret=interpret,
     )
     parts = (), state, *jax.eval_shape(functools.partial(_cut, None, block_size, 1), *tokens)
+    _, _, (q, _, v, _), _ = parts
+    c, widest = q.shape[3], max(q.shape[3], q.shape[4], v.shape[4])
+    held = HELD if q.dtype == jnp.bfloat16 else HELD_FLOAT32
+    plan = plan._replace(work=held * plan.heads * chunk_scan.block_bytes((c, widest)))
     return chunk_scan.fit(plan, *parts), *parts
 
 

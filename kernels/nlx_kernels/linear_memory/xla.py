@@ -88,7 +88,7 @@ def prepare(tokens: Tokens, read: str, products_of: Callable = interval_products
         query=decay[..., :1] * q,
         scores=decay[..., 1:] * (q @ k.mT),
         carry=after[..., -1, 0],
-        key=after[..., -1, 1:, None] * k,
+        key=after[..., -1:, 1:].mT * k,
     )
 
 

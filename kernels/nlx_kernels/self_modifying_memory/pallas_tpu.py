@@ -24,6 +24,8 @@ from nlx_kernels._solve import exact_product
 from nlx_kernels.self_modifying_memory import xla
 from nlx_kernels.self_modifying_memory.state import SelfModifyingState
 
+# What a window's derivative was seen to hold in VMEM: arrays [n, c, d or f], and states.
+HELD, HELD_FLOAT32 = (80, 2), (30, 15)
 EVERY = 4  # windows from one kept state to the next
 
 
@@ -138,18 +140,26 @@ def _window(t: int, periods: tuple[int, int]) -> int:
 
 def _plan(form: _Form, interpret: bool, *arrays):
     """The plan for a call, and the shapes of what it works on, with one row."""
-    q = arrays[1]
-    t = q.shape[1]
+    q, parameters = arrays[1], arrays[3]
+    t, wide = q.shape[1], q.dtype != jnp.bfloat16
     plan = chunk_scan.Plan(
         name="self_modifying_memory",
         step=functools.partial(_step, form),
         every=min(EVERY, 1 << (-(-t // _window(t, form.periods)) - 1).bit_length()),
         heads=1,
-        precision="default" if q.dtype == jnp.bfloat16 else "highest",
+        precision="highest" if wide else "default",
+        work=0,
         interpret=interpret,
     )
     parts = jax.eval_shape(functools.partial(_cut, form, 1), *arrays)
     parts = (*parts, jax.eval_shape(functools.partial(_marks, form, 1), q))
+    widths = parameters.memories["memory"][0].shape[1:]
+    window = sum(chunk_scan.block_bytes((_window(t, form.periods), width)) for width in widths)
+    plan = plan._replace(
+        work=chunk_scan.held(
+            HELD_FLOAT32 if wide else HELD, len(form.boxes) * window // 2, parts[1]
+        )
+    )
     return chunk_scan.fit(plan, *parts), *parts
 
 
