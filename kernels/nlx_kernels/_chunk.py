@@ -34,6 +34,7 @@ from jaxtyping import Bool, Float, Int
 from nlx_kernels._solve import (
     columns_by_columns,
     interval_products,
+    interval_products_in_kernel,
     rows_by_rows,
     unit_lower_inverse,
 )
@@ -44,6 +45,22 @@ Tree = TypeVar("Tree")
 def materialise(tree: Tree) -> Tree:
     """Keeps XLA from computing arrays anew inside every fusion that reads them."""
     return jax.lax.optimization_barrier(tree)
+
+
+class Means(NamedTuple):
+    """What is done another way inside a kernel, whose compilers know fewer primitives.
+
+    Attributes:
+      products: all products of neighbouring gates.
+      keep: what is computed once, for several readers.
+    """
+
+    products: Callable[[Array], Array]
+    keep: Callable
+
+
+IN_XLA = Means(interval_products, materialise)
+IN_KERNEL = Means(interval_products_in_kernel, lambda tree: tree)
 
 
 class Piece(NamedTuple):
@@ -110,23 +127,26 @@ def make_piece(valid: Bool[Array, "*n c"], segment: Int[Array, "*n c"]) -> Piece
 
 
 def make_decay(
-    retain: Float[Array, "*n c"], momentum: Float[Array, "*n c"] | None, piece: Piece
+    retain: Float[Array, "*n c"],
+    momentum: Float[Array, "*n c"] | None,
+    piece: Piece,
+    means: Means = IN_XLA,
 ) -> Decay:
     """Computes every product of gates a piece needs."""
-    A, A0, before_A, before_A0 = _products(retain, piece)
+    A, A0, before_A, before_A0 = _products(retain, piece, means)
     if momentum is None:
         decay = Decay(A, A0, None, None, A, None, before_A, before_A, before_A0, None)
-        return materialise(decay)
-    M, M0, _, _ = _products(momentum, piece)
+        return means.keep(decay)
+    M, M0, _, _ = _products(momentum, piece, means)
     ends = jnp.concatenate([M, M0[..., None]], -1)
     now, before = A @ ends, before_A @ ends
     c, B0, before_c, before_B0 = now[..., :-1], now[..., -1], before[..., :-1], before[..., -1]
-    return materialise(Decay(A, A0, M, M0, c, B0, before_A, before_c, before_A0, before_B0))
+    return means.keep(Decay(A, A0, M, M0, c, B0, before_A, before_c, before_A0, before_B0))
 
 
-def _products(gate: Float[Array, "*n c"], piece: Piece):
+def _products(gate: Float[Array, "*n c"], piece: Piece, means: Means):
     """Returns A, A0 and both for the token before (1 before a segment's first token)."""
-    every = interval_products(jnp.where(piece.valid, gate, 1.0))
+    every = means.products(jnp.where(piece.valid, gate, 1.0))
     start = jnp.where(piece.first, gate, 0.0)[..., None]
     now = jnp.where(piece.pair, every[..., 1:, 1:], 0.0)
     before = jnp.where(piece.pair, every[..., :-1, 1:], 0.0)
@@ -143,6 +163,7 @@ def solve_write(
     erase: Float[Array, "*n c"] | None,
     piece: Piece,
     decay: Decay,
+    means: Means = IN_XLA,
 ) -> Write:
     """Scales the writes by their rates and solves for what each token erases.
 
@@ -151,6 +172,7 @@ def solve_write(
       z, delta: the gradient of token t at the chunk-start weights is ``z_t delta_t^T``.
       rate, erase: gates; None erases nothing, otherwise z must be unit (or zero) vectors.
       piece, decay: masks and products of gates.
+      means: as of `make_decay`.
     """
     delta = jnp.where(piece.valid, rate, 0.0)[..., None] * delta
     if erase is None:
@@ -160,7 +182,7 @@ def solve_write(
     target = decay.before_A0[..., None] * (z @ weights) - (decay.before_c * gram) @ delta
     if momentum is not None and decay.before_B0 is not None:
         target += decay.before_B0[..., None] * (z @ momentum)
-    system = materialise(decay.before_A * gram * erase[..., None, :])
+    system = means.keep(decay.before_A * gram * erase[..., None, :])
     return Write(z, delta, erase[..., None] * (unit_lower_inverse(system) @ target))
 
 

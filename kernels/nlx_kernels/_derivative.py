@@ -44,16 +44,16 @@ def differentiable(
     gradient.defvjp(gradient_forward, gradient_backward)
 
     @jax.custom_vjp
-    def run(*arrays):
-        return forward(*arrays)[0]
+    def both(*arrays):
+        return forward(*arrays)
 
-    def run_forward(*arrays):
-        result, kept = forward(*arrays)
-        return result, (arrays, kept)
+    def both_forward(*arrays):
+        result, kept = both(*arrays)  # itself, so that an outer derivative does not enter `forward`
+        return (result, kept), (arrays, kept)
 
-    def run_backward(saved, cotangent):
+    def both_backward(saved, cotangents):
         arrays, kept = saved
-        return gradient(arrays, kept, cotangent)
+        return gradient(arrays, kept, cotangents[0])  # which answers for `kept` as well
 
-    run.defvjp(run_forward, run_backward)
-    return run
+    both.defvjp(both_forward, both_backward)
+    return lambda *arrays: both(*arrays)[0]

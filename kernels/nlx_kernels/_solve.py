@@ -5,36 +5,52 @@ Both carry their own derivative, one or two matrix products instead of a walk ba
 steps that made them: less memory, less time, and a quarter of the compile time.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float, Int
 
 BASE = 32  # up to this size whole matrices are multiplied under masks: less to compile
 
 
-@jax.custom_jvp
-def interval_products(gate: Float[Array, "*n c"]) -> Float[Array, "*n c+1 c+1"]:
-    """All products of neighbouring gates: prod_{i=j+1..t} gate_i at [t, j], 0 above the diagonal.
+def _intervals(running: Callable[[Float[Array, "*n c c"]], Float[Array, "*n c c"]]):
+    """`interval_products`, given how to multiply up the rows of a matrix."""
 
-    Row and column 0 stand for the time before the first gate. No logarithms, so that values and
-    gradients are exact where a gate is 0. Its derivative, with P for the result:
-    d(P)_tj = sum_i P_ti d(gate_i) P_{i-1,j}.
+    @jax.custom_jvp
+    def interval_products(gate: Float[Array, "*n c"]) -> Float[Array, "*n c+1 c+1"]:
+        """All products of neighbouring gates: prod_{i=j+1..t} gate_i at [t, j], 0 above it.
 
-    Args:
-      gate: any numbers.
-    """
-    c = gate.shape[-1]
-    later, reached = (_like(np.tri(c + 1, k=k, dtype=bool), gate) for k in (-1, 0))
-    gate = jnp.pad(gate, [(0, 0)] * (gate.ndim - 1) + [(1, 0)])[..., None]
-    return jnp.where(reached, jnp.cumprod(jnp.where(later, gate, 1), -2), 0)
+        Row and column 0 stand for the time before the first gate. No logarithms, so that values
+        and gradients are exact where a gate is 0. Its derivative, with P for the result:
+        d(P)_tj = sum_i P_ti d(gate_i) P_{i-1,j}.
+
+        Args:
+          gate: any numbers.
+        """
+        gate = jnp.pad(gate, [(0, 0)] * (gate.ndim - 1) + [(1, 0)])[..., None]
+        row, column = _places((*gate.shape[:-1], gate.shape[-2]))
+        return jnp.where(row >= column, running(jnp.where(row > column, gate, 1)), 0)
+
+    @interval_products.defjvp
+    def _(primals, tangents):
+        products = interval_products(*primals)
+        (slope,) = tangents
+        return products, exact_product(products[..., 1:], slope[..., None] * products[..., :-1, :])
+
+    return interval_products
 
 
-@interval_products.defjvp
-def _(primals, tangents):
-    products = interval_products(*primals)
-    (slope,) = tangents
-    return products, products[..., :, 1:] @ (slope[..., None] * products[..., :-1, :])
+def _doubling(matrix: Float[Array, "*n c c"]) -> Float[Array, "*n c c"]:
+    """cumprod over the rows in log2(c) steps, for kernels, whose compilers have no cumprod."""
+    row, _ = _places(matrix.shape)
+    for m in (1 << level for level in range((matrix.shape[-1] - 1).bit_length())):
+        matrix = matrix * jnp.where(row >= m, jnp.roll(matrix, m, -2), 1)
+    return matrix
+
+
+interval_products = _intervals(lambda matrix: jnp.cumprod(matrix, -2))
+interval_products_in_kernel = _intervals(_doubling)
 
 
 @jax.custom_jvp
@@ -60,7 +76,7 @@ def unit_lower_inverse(a: Float[Array, "*n c c"]) -> Float[Array, "*n c c"]:
     if c % 2:
         return unit_lower_inverse(jnp.pad(a, [(0, 0)] * (a.ndim - 2) + [(0, 1)] * 2))[..., :c, :c]
     first, second = unit_lower_inverse(jnp.stack([a[..., :m, :m], a[..., m:, m:]]))
-    below = -second @ (a[..., m:, :m] @ first)
+    below = -exact_product(second, exact_product(a[..., m:, :m], first))
     left = jnp.concatenate([first, below], -2)
     return jnp.concatenate([left, jnp.concatenate([jnp.zeros_like(below), second], -2)], -1)
 
@@ -69,19 +85,19 @@ def unit_lower_inverse(a: Float[Array, "*n c c"]) -> Float[Array, "*n c c"]:
 def _(primals, tangents):
     x = unit_lower_inverse(*primals)
     (slope,) = tangents
-    below = _like(np.tri(x.shape[-1], k=-1, dtype=x.dtype), x[..., 0])
-    return x, -x @ ((below * slope) @ x)
+    row, column = _places(x.shape)
+    return x, -exact_product(x, exact_product(jnp.where(row > column, slope, 0), x))
 
 
 def _inverse_under_masks(a: Float[Array, "*n c c"]) -> Float[Array, "*n c c"]:
     """X <- X - X B X, B being the parts of A that join two blocks of size m to one."""
     c = a.shape[-1]
-    x = jnp.broadcast_to(_like(np.eye(c, dtype=a.dtype), a[..., 0]), a.shape)
-    for m in (1 << level for level in range((c - 1).bit_length())):
-        number = np.arange(c) // m
-        joins = (number[:, None] // 2 == number // 2) & (number[:, None] > number)
-        between = _like(joins.astype(a.dtype), a[..., 0]) * a  # a select is slower on a CPU
-        x = x - (between if m == 1 else x @ (between @ x))
+    row, column = _places(a.shape)
+    x = (row == column).astype(a.dtype)
+    for level in range((c - 1).bit_length()):
+        joins = (row >> level > column >> level) & (row >> level + 1 == column >> level + 1)
+        between = jnp.where(joins, a, 0)
+        x = x - (exact_product(x, exact_product(between, x)) if level else between)
     return x
 
 
@@ -97,6 +113,12 @@ def columns_by_columns(
     return jnp.einsum("...ci,...cj->...ij", x, y)
 
 
-def _like(matrix: np.ndarray, vectors: Float[Array, "*n c"]) -> Bool[Array, "*n c c"]:
-    """A constant matrix with leading axes of size 1."""
-    return jnp.asarray(matrix).reshape((1,) * (vectors.ndim - 1) + matrix.shape)
+def exact_product(x: Float[Array, "*n i j"], y: Float[Array, "*n j k"]) -> Float[Array, "*n i k"]:
+    """A product to the last digit on every device: inverse and gates amplify what is rounded."""
+    return jnp.matmul(x, y, precision=jax.lax.Precision.HIGHEST)
+
+
+def _places(shape: tuple[int, ...]) -> tuple[Int[Array, "*n c c"], Int[Array, "*n c c"]]:
+    """Row and column of every number; no constant array, which a kernel cannot have."""
+    row, column = (jax.lax.broadcasted_iota(jnp.int32, shape, len(shape) - i) for i in (2, 1))
+    return row, column

@@ -15,6 +15,9 @@ from nlx_kernels import (
     self_modifying_memory,
 )
 from nlx_kernels._dispatch import choose
+from nlx_kernels.linear_memory.api import OFFERED as OF_LINEAR
+from nlx_kernels.mlp_memory.api import OFFERED as OF_MLP
+from nlx_kernels.self_modifying_memory.api import OFFERED as OF_HOPE
 
 TOKEN, GATE = jnp.zeros((2, 5, 3, 4)), jnp.zeros((2, 5, 3))
 LAYERS = (jnp.zeros((3, 4, 6)), jnp.zeros((3, 6, 4)))
@@ -51,8 +54,13 @@ CALLS = {
         q=TOKEN, k=TOKEN, v=TOKEN, weights=LAYERS, rate=GATE, retain=GATE, chunk_size=2
     ),
     self_modifying_memory: dict(
-        x=TOKEN, q=TOKEN, parameters=PARAMETERS, chunk_size=2, projection_chunk_size=3
+        x=TOKEN, q=TOKEN, parameters=PARAMETERS, chunk_size=2, projection_chunk_size=4
     ),
+}
+OFFERED = dict.fromkeys(CALLS, ()) | {
+    linear_memory: OF_LINEAR,
+    mlp_memory: OF_MLP,
+    self_modifying_memory: OF_HOPE,
 }
 HALF = GATE.astype(jnp.bfloat16)
 NARROW = TOKEN[..., :3]
@@ -94,8 +102,21 @@ def test_every_op_runs_what_it_is_told_to(op):
         calls[implementation] = str(jaxpr)
     assert calls[None] == calls["xla"] != calls["reference"]
     for implementation in ("pallas_tpu", "mosaic_gpu"):
-        with pytest.raises(ValueError, match="does not exist for this op"):
-            op(**CALLS[op], implementation=implementation, interpret=True)
+        run = lambda i=implementation: op(**CALLS[op], implementation=i, interpret=True)
+        if implementation in OFFERED[op]:
+            assert "pallas_call" in str(jax.make_jaxpr(run)())
+        else:
+            with pytest.raises(ValueError, match="does not exist for this op"):
+                run()
+
+
+@pytest.mark.parametrize("op", CALLS, ids=lambda op: op.__name__)
+def test_none_takes_the_kernel_of_the_platform(op):
+    device = jax.sharding.AbstractDevice(device_kind="TPU v5 lite", num_cores=1, platform="tpu")
+    mesh = jax.sharding.AbstractMesh((1,), ("x",), abstract_device=device)
+    with jax.sharding.use_abstract_mesh(mesh):
+        jaxpr = str(jax.make_jaxpr(lambda: op(**CALLS[op]))())
+    assert ("pallas_call" in jaxpr) == ("pallas_tpu" in OFFERED[op])
 
 
 # One sentence for each bad argument

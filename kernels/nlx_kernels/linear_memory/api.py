@@ -7,11 +7,15 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from nlx_kernels._checks import Checker
-from nlx_kernels._dispatch import Implementation, choose
+from nlx_kernels._dispatch import Implementation, Kernel, choose
 from nlx_kernels._finite import quarantine
-from nlx_kernels.linear_memory import reference, xla
+from nlx_kernels.linear_memory import pallas_tpu, reference, xla
 
-OFFERED = {"xla": xla.linear_memory, "reference": reference.linear_memory}
+OFFERED = {
+    "xla": xla.linear_memory,
+    "reference": reference.linear_memory,
+    "pallas_tpu": Kernel(pallas_tpu.linear_memory, pallas_tpu.refusal),
+}
 
 
 def linear_memory(
@@ -50,7 +54,7 @@ def linear_memory(
       segment_ids: where the id differs from the previous token's, the memory is emptied first;
         the first token goes on from `state`.
       block_size: tokens computed together; changes speed only. None: 64.
-      implementation: None chooses; a name is obeyed or refused.
+      implementation: None chooses: "pallas_tpu" on a TPU, else "xla"; a name is obeyed or refused.
       interpret: run a kernel on the CPU.
 
     Returns:

@@ -4,12 +4,12 @@
 The derivation is in README.md. Axes: n blocks, c tokens of one block.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from nlx_kernels._checks import resets
 from nlx_kernels._solve import (
@@ -29,7 +29,7 @@ class Tokens(NamedTuple):
     retain: Float[Array, "n b h c"]
     erase: Float[Array, "n b h c"]
     rate: Float[Array, "n b h c"]
-    kept: Bool[Array, "n b h c"]  # False where a segment begins
+    kept: Float[Array, "n b h c"]  # 0 where a segment begins, else 1
 
 
 class Block(NamedTuple):
@@ -54,17 +54,16 @@ def linear_memory(q, k, v, *, retain, erase, rate, state, read, segment_ids, blo
     b, t, h, _ = q.shape
     c = min(block_size, t)
     reset = resets(segment_ids)
-    kept = jnp.ones((b, t), bool) if reset is None else ~reset
+    kept = jnp.ones((b, t), retain.dtype) if reset is None else (~reset).astype(retain.dtype)
     tokens = Tokens(
         *(_blocks(x.astype(state.dtype), c, 0) for x in (q, k, v)),
         retain=_blocks(retain, c, 1),
         erase=_blocks(erase, c, 0),
         rate=_blocks(rate, c, 0),
-        kept=_blocks(jnp.broadcast_to(kept[..., None], (b, t, h)), c, True),
+        kept=_blocks(jnp.broadcast_to(kept[..., None], (b, t, h)), c, 1),
     )
-    keep = jax.checkpoint_policies.save_only_these_names("nlx_inverse")
-    blocks = jax.checkpoint(_prepare, policy=keep, static_argnums=1)(tokens, read)
-    state, y = jax.lax.scan(jax.checkpoint(_advance), state, blocks)
+    blocks = jax.checkpoint(prepare, static_argnums=1)(tokens, read)
+    state, y = jax.lax.scan(jax.checkpoint(advance), state, blocks)
     y = jnp.moveaxis(y, (0, 2), (1, 3))
     return y.reshape(b, -1, h, y.shape[-1])[:, :t], state
 
@@ -78,27 +77,27 @@ def _blocks(x: Float[Array, "b t h *d"], c: int, neutral: float) -> Float[Array,
     return jnp.moveaxis(x, (1, 3), (0, 2))
 
 
-def _prepare(tokens: Tokens, read: str) -> Block:
+def prepare(tokens: Tokens, read: str, products_of: Callable = interval_products) -> Block:
     """All that can be known of the blocks without the states they start from."""
     q, k, v, retain, erase, rate, kept = tokens
-    products = interval_products(jnp.where(kept, retain, 0))
-    start, inside = products[..., 0], products[..., 1:]
-    before = jnp.where(kept, start[..., :-1], 0), jnp.where(kept[..., None], inside[..., :-1, :], 0)
-    after = start[..., 1:], inside[..., 1:, :]
-    inverse = unit_lower_inverse(erase[..., None] * before[1] * rows_by_rows(k, k))
-    inverse = checkpoint_name(inverse, "nlx_inverse")
-    read_start, read_inside = after if read == "after_write" else before
+    products = products_of(jnp.where(kept > 0, retain, 0))
+    before = jnp.where(kept[..., None] > 0, products[..., :-1, :], 0)
+    after = products[..., 1:, :]
+    system = erase[..., None] * before[..., 1:] * rows_by_rows(k, k)
+    right = jnp.concatenate([rate[..., None] * v, (erase * before[..., 0])[..., None] * k], -1)
+    solved = unit_lower_inverse(system) @ right
+    decay = after if read == "after_write" else before
     return Block(
-        written=inverse @ (rate[..., None] * v),
-        taken=inverse @ ((erase * before[0])[..., None] * k),
-        query=read_start[..., None] * q,
-        scores=read_inside * rows_by_rows(q, k),
-        carry=after[0][..., -1],
-        key=after[1][..., -1, :, None] * k,
+        written=solved[..., : v.shape[-1]],
+        taken=solved[..., v.shape[-1] :],
+        query=decay[..., :1] * q,
+        scores=decay[..., 1:] * rows_by_rows(q, k),
+        carry=after[..., -1, 0],
+        key=after[..., -1:, 1:].mT * k,
     )
 
 
-def _advance(state: Float[Array, "b h k v"], block: Block):
+def advance(state: Float[Array, "b h k v"], block: Block):
     """One block: the state after it, and its reads."""
     u = block.written - block.taken @ state
     y = block.query @ state + block.scores @ u

@@ -7,12 +7,16 @@ from typing import Any, Literal
 from jaxtyping import Array, Float, Int
 
 from nlx_kernels._checks import Checker
-from nlx_kernels._dispatch import Implementation, choose
+from nlx_kernels._dispatch import Implementation, Kernel, choose
 from nlx_kernels._finite import quarantine
-from nlx_kernels.mlp_memory import reference, xla
+from nlx_kernels.mlp_memory import pallas_tpu, reference, xla
 from nlx_kernels.mlp_memory.state import MLPMemoryState
 
-OFFERED = {"xla": xla.mlp_memory, "reference": reference.mlp_memory}
+OFFERED = {
+    "xla": xla.mlp_memory,
+    "reference": reference.mlp_memory,
+    "pallas_tpu": Kernel(pallas_tpu.mlp_memory, pallas_tpu.refusal),
+}
 MAX_DEPTH = 4
 
 
@@ -72,7 +76,7 @@ def mlp_memory(
       bound: largest Frobenius norm of a layer at a chunk's end, > 0; None: no limit.
       segment_ids: where the id differs from the previous token's, weights go back to `weights`,
         momentum and position to 0; the first token goes on from `state`.
-      implementation: None chooses; a name is obeyed or refused.
+      implementation: None chooses: "pallas_tpu" on a TPU, else "xla"; a name is obeyed or refused.
       interpret: run a kernel on the CPU.
 
     Returns:

@@ -7,16 +7,20 @@ from typing import Any, Literal
 from jaxtyping import Array, Float, Int
 
 from nlx_kernels._checks import Checker
-from nlx_kernels._dispatch import Implementation, choose
+from nlx_kernels._dispatch import Implementation, Kernel, choose
 from nlx_kernels._finite import quarantine
-from nlx_kernels.self_modifying_memory import reference, xla
+from nlx_kernels.self_modifying_memory import pallas_tpu, reference, xla
 from nlx_kernels.self_modifying_memory.state import (
     SelfModifyingParameters,
     SelfModifyingState,
     Streams,
 )
 
-OFFERED = {"xla": xla.self_modifying_memory, "reference": reference.self_modifying_memory}
+OFFERED = {
+    "xla": xla.self_modifying_memory,
+    "reference": reference.self_modifying_memory,
+    "pallas_tpu": Kernel(pallas_tpu.self_modifying_memory, pallas_tpu.refusal),
+}
 BOXES = ("key", "value", "rate", "retain", "memory")
 
 
@@ -77,7 +81,7 @@ def self_modifying_memory(
       bound: largest Frobenius norm of a weight matrix at a chunk's end; None: no limit.
       segment_ids: where the id differs from the previous token's, memories go back to
         `parameters`, momentum and position to 0; the first token goes on from `state`.
-      implementation: None chooses; a name is obeyed or refused.
+      implementation: None chooses: "pallas_tpu" on a TPU, else "xla"; a name is obeyed or refused.
       interpret: run a kernel on the CPU.
 
     Returns:

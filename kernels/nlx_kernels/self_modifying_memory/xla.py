@@ -45,7 +45,8 @@ class _Form(NamedTuple):
     activation: Callable[[Array], Array]
 
 
-def _normalise(z):
+def normalise(z):
+    """z / sqrt(|z|^2 + 1e-6), which makes keys and queries."""
     return z / jnp.sqrt(jnp.sum(z * z, -1, keepdims=True) + 1e-6)
 
 
@@ -55,13 +56,13 @@ def _generate(weights, tokens: _Tokens, readouts: _Readouts, form: _Form):
     key, v, for_rate, for_retain = _chunk.mlp(makers, tokens.streams, form.activation)
     q = tokens.q
     if len(form.boxes) > QUERY:
-        q = _normalise(_chunk.mlp([w[QUERY] for w in weights], q, form.activation))
+        q = normalise(_chunk.mlp([w[QUERY] for w in weights], q, form.activation))
     retain = jnp.einsum("bhcd,hd->bhc", for_retain, readouts.retain)
     retain = jax.nn.sigmoid(retain + readouts.retain_bias[None, :, None])
     rate = jnp.einsum("bhcd,nhd->nbhc", for_rate, readouts.rate)
     rate = jax.nn.sigmoid(rate + readouts.rate_bias[:, None, :, None])
     rate = readouts.top[:, None, None, None] * (1.0 + retain)[None] * rate
-    return q, _normalise(key), v, retain, rate
+    return q, normalise(key), v, retain, rate
 
 
 def _write_piece(memory, tokens: _Tokens, piece, *, readouts: _Readouts, form: _Form):

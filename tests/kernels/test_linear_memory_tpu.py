@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""linear_memory's Pallas TPU kernels, interpreted on memory that is NaN until it is written."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import nlx_kernels
+import pytest
+from nlx_kernels.linear_memory import shapes
+
+READS = ("after_write", "chunk_start")
+
+
+def tokens(draw, shape, correlation=0.0):
+    """All array arguments; a few tokens forget everything, a few nothing."""
+    b, t, h, k, v, _ = shape
+    retain = draw.gate(b, t, h, low=0.8)
+    if t > 40:
+        retain = retain.at[:, 5].set(0).at[:, 9:20].set(1).at[:, 31:33].set(0)
+    return dict(
+        q=draw.normal(b, t, h, k),
+        k=draw.keys(b, t, h, k, correlation),
+        v=draw.normal(b, t, h, v),
+        retain=retain,
+        erase=draw.gate(b, t, h, high=1.9),
+        rate=draw.gate(b, t, h),
+        state=draw.normal(b, h, k, v),
+    )
+
+
+def call(arguments, implementation, block_size=None, read="after_write"):
+    interpret = implementation == "pallas_tpu"
+    return nlx_kernels.linear_memory(
+        **arguments,
+        read=read,
+        block_size=block_size,
+        implementation=implementation,
+        interpret=interpret,
+    )
+
+
+@functools.cache
+def form(gradients, implementation, block_size=None, reads=READS):
+    """Reads and states of both kinds, and all gradients."""
+    return gradients(lambda given: [call(given, implementation, block_size, r) for r in reads])
+
+
+@pytest.mark.parametrize("name", shapes.TESTS)
+def test_kernels_are_the_reference(name, draw, gradients, x64, agree):
+    shape = shapes.TESTS[name]
+    for correlation in (0.0, 0.9, 1.0):
+        given = tokens(draw, shape, correlation)
+        given["segment_ids"] = draw.segments(shape.b, shape.t, share=0.1 * (correlation < 1))
+        want = form(gradients, "reference")(given)
+        agree(form(gradients, "pallas_tpu", shape.block_size)(given), want, 1e-9)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "rows"),
+    [
+        (jnp.float32, [(0.0, 2e-6, 5e-6), (0.9, 2e-6, 5e-6), (1.0, 2e-6, 5e-6)]),
+        (jnp.bfloat16, [(0.0, 1e-2, 2e-2), (0.9, 3e-2, 5e-2)]),
+    ],
+)
+def test_low_precision(dtype, rows, draw, gradients, x64, agree):
+    for correlation, values, grads in rows:
+        given = tokens(draw, shapes.Shape(2, 100, 2, 16, 8), correlation)
+        low = {
+            name: x.astype(dtype if name in ("q", "k", "v") else jnp.float32)
+            for name, x in given.items()
+        }
+        wide = {name: x.astype(jnp.float64) for name, x in low.items()}
+        outputs, slopes = form(gradients, "pallas_tpu", None, READS[:1])(low)
+        assert [x.dtype for x in outputs] == [dtype, jnp.float32]
+        want = form(gradients, "reference", None, READS[:1])(wide)
+        agree(outputs, want[0], values)
+        agree(slopes, want[1], grads)
+
+
+def test_gradients_of_gradients_are_those_of_the_xla_form(draw, x64, agree):
+    given = tokens(draw, shapes.Shape(1, 9, 1, 3, 2))
+
+    def slope(implementation, given):
+        loss = lambda given: sum(jnp.sum(jnp.sin(x)) for x in call(given, implementation, 4))
+        size = lambda given: sum(jnp.sum(g**2) for g in jax.tree.leaves(jax.grad(loss)(given)))
+        return jax.grad(size)(given)
+
+    agree(slope("pallas_tpu", given), slope("xla", given), 1e-9)
+
+
+def test_what_does_not_fit_is_refused(draw):
+    given = tokens(draw, shapes.Shape(1, 4096, 1, 256, 256))
+    lower = lambda given, block_size: jax.jit(
+        lambda given: nlx_kernels.linear_memory(
+            **given, block_size=block_size, implementation="pallas_tpu"
+        )
+    ).trace(given)
+    lower(given, 64)
+    with pytest.raises(ValueError, match="fast memory"):
+        lower(given, 4096)
+
+
+def test_float64_is_for_interpretation(draw, x64):
+    with pytest.raises(ValueError, match="float64"):
+        nlx_kernels.linear_memory(
+            **tokens(draw, shapes.TESTS["token"]), implementation="pallas_tpu"
+        )

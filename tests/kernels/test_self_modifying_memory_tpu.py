@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Hope's Pallas TPU kernels, interpreted on memory that is NaN until it is written."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import nlx_kernels
+import pytest
+from nlx_kernels.self_modifying_memory import shapes
+
+BOXES = ("key", "value", "rate", "retain", "memory")
+LIMITS = dict(clip=0.5, bound=1.5)  # low enough to be met
+
+
+def tokens(draw, shape, correlation=0.0, momentum=True, query=False, retain_bias=2.0):
+    """Streams, queries, momentum and parameters, as large as what training makes of them."""
+    b, t, h, d, f = shape[:5]
+    streams = [d**0.5 * draw.keys(b, t, h, d, correlation) for _ in range(3)]
+    given = dict(x=nlx_kernels.Streams(*streams), q=draw.keys(b, t, h, d))
+    given |= dict(momentum=draw.gate(b, t, h, high=0.9)) if momentum else {}
+    boxes = (*BOXES, "query") if query else BOXES
+    layers = lambda: (draw.normal(h, d, f) / d**0.5, draw.normal(h, f, d) / f**0.5)
+    parameters = nlx_kernels.SelfModifyingParameters(
+        memories={box: layers() for box in boxes},
+        rate_readout={box: draw.normal(h, d) / d**0.5 for box in boxes},
+        rate_bias={box: draw.normal(h) - 1 for box in boxes},
+        retain_readout=draw.normal(h, d) / d**0.5,
+        retain_bias=draw.normal(h) + retain_bias,
+    )
+    return given | dict(parameters=parameters)
+
+
+def call(given, implementation, shape, **options):
+    options = (
+        dict(chunk_size=shape.chunk_size, projection_chunk_size=shape.projection_chunk_size)
+        | options
+    )
+    interpret = implementation == "pallas_tpu"
+    return nlx_kernels.self_modifying_memory(
+        **given, **options, implementation=implementation, interpret=interpret
+    )
+
+
+def form(gradients, implementation, shape, **options):
+    """Reads and state, and all gradients."""
+    run = functools.partial(call, implementation=implementation, shape=shape, **options)
+    return gradients(lambda given: run(given))
+
+
+@pytest.mark.parametrize(
+    ("name", "momentum", "query", "options"),
+    [
+        ("token", True, False, {}),
+        ("online-24", False, False, {}),
+        ("mixed-63", True, True, LIMITS),
+        ("mixed-64", False, False, dict(read="chunk_start", erase=False, clip=None, bound=None)),
+    ],
+)
+def test_kernels_are_the_reference(name, momentum, query, options, draw, gradients, x64, agree):
+    shape = shapes.TESTS[name]
+    reference = form(gradients, "reference", shape, **options)
+    kernels = form(gradients, "pallas_tpu", shape, **options)
+    for correlation, retain_bias in ((0.0, 2.0), (0.95, 1000.0), (1.0, -1000.0)):
+        given = tokens(draw, shape, correlation, momentum, query, retain_bias)
+        agree(kernels(given), reference(given), 1e-9)
+
+
+def test_low_precision(draw, gradients, x64, agree):
+    shape = shapes.TESTS["mixed-63"]
+    reference = form(gradients, "reference", shape)
+    kernels = form(gradients, "pallas_tpu", shape)
+    for dtype, correlation, values, grads in (
+        (jnp.float32, 0.0, 2e-6, 5e-6),
+        (jnp.float32, 0.9, 2e-6, 5e-6),
+        (jnp.bfloat16, 0.0, 1e-2, 2e-2),
+        (jnp.bfloat16, 0.9, 3e-2, 5e-2),
+    ):
+        given = tokens(draw, shape, correlation)
+        given["parameters"] = jax.tree.map(lambda x: 0.5 * x, given["parameters"])
+        low = jax.tree.map(lambda x: x.astype(jnp.float32), given)
+        low |= jax.tree.map(lambda x, to=dtype: x.astype(to), {n: low[n] for n in ("x", "q")})
+        outputs, slopes = kernels(low)
+        assert outputs[0].dtype == dtype
+        assert {leaf.dtype for leaf in outputs[1:]} == {jnp.dtype("float32")}
+        want = reference(jax.tree.map(lambda x: x.astype(jnp.float64), low))
+        agree(outputs, want[0], values)
+        agree(slopes, want[1], grads)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (dict(segment_ids=jnp.zeros((2, 63), jnp.int32)), "begins at the start of a sequence"),
+        (dict(chunk_size=12, projection_chunk_size=18), "of which one divides the other"),
+    ],
+)
+def test_what_the_kernels_cannot_take_is_refused(change, sentence, draw):
+    shape = shapes.TESTS["mixed-63"]
+    with pytest.raises(ValueError, match=f"implementation='pallas_tpu' .*{sentence}"):
+        call(tokens(draw, shape), "pallas_tpu", shape, **change)
+
+
+def test_what_does_not_fit_is_refused():
+    shape = shapes.Shape(1, 64, 1, 256, 1024, 64, 64)
+    given = jax.eval_shape(lambda: tokens(Zeros(), shape))
+    with pytest.raises(ValueError, match="fast memory"):
+        jax.eval_shape(lambda given: call(given, "pallas_tpu", shape), given)
+
+
+class Zeros:
+    """Draws nothing but zeros."""
+
+    def normal(self, *shape):
+        return jnp.zeros(shape)
+
+    def gate(self, *shape, high=1.0):
+        return jnp.zeros(shape)
+
+    def keys(self, b, t, h, k, correlation=0.0):
+        return jnp.zeros((b, t, h, k))
