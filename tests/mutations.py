@@ -106,7 +106,7 @@ MUTATIONS = (
     Mutation(
         "exactness of the inverse (Neumann series instead of blocks)",
         SOLVE,
-        "        x = x - (between if m == 1 else x @ (between @ x))\n",
+        "        x = x - (exact_product(x, exact_product(between, x)) if level else between)\n",
         "        x = x - between\n",
         "kernels/test_solve.py",
     ),
@@ -379,16 +379,30 @@ MUTATIONS = (
     Mutation(
         "the reset inside a block of linear_memory",
         "kernels/nlx_kernels/linear_memory/xla.py",
-        "jnp.where(kept[..., None], inside[..., :-1, :], 0)",
-        "inside[..., :-1, :]",
+        "jnp.where(kept[..., None] > 0, products[..., :-1, :], 0)",
+        "products[..., :-1, :]",
         "kernels/test_linear_memory.py",
     ),
     Mutation(
         "the gates between a write and a later token of its block",
         "kernels/nlx_kernels/linear_memory/xla.py",
-        "erase[..., None] * before[1] * _products",
-        "erase[..., None] * _products",
+        "erase[..., None] * before[..., 1:] * rows_by_rows",
+        "erase[..., None] * rows_by_rows",
         "kernels/test_linear_memory.py",
+    ),
+    Mutation(
+        "that a fixed projection of Hope stands still",
+        "nlx/nn/hope.py",
+        "zeros((self.heads, self.hidden, self.head_dim))",
+        "1 + zeros((self.heads, self.hidden, self.head_dim))",
+        "nlx/nn/test_ablation.py",
+    ),
+    Mutation(
+        "that Hope without weight decay forgets nothing",
+        "nlx/nn/hope.py",
+        "rest.rate_bias + SATURATED",
+        "rest.rate_bias",
+        "nlx/nn/test_ablation.py",
     ),
     Mutation(
         "the weight decay of M3's alias",

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Hope's mixer: self-modifying Titans between slow maps, convolutions and a gated read-out."""
 
+import functools
 import math
 from typing import Literal, NamedTuple
 
@@ -24,6 +25,7 @@ STREAMS = ("query", "key", "value", "gate")
 INITIAL_RATE = 0.2
 INITIAL_RETAIN = 4.0
 INITIAL_MOMENTUM = -2.0
+SATURATED = 1e4  # a gate's logit that makes it exactly 1
 
 
 class HopeState(NamedTuple):
@@ -31,6 +33,15 @@ class HopeState(NamedTuple):
 
     windows: dict[str, Window]  # stream -> last inputs of its convolution
     memory: ops.SelfModifyingState
+
+
+class Start(NamedTuple):
+    """A `Box` as arrays."""
+
+    w1: Float[Array, "h d f"]
+    w2: Float[Array, "h f d"]
+    rate_readout: Float[Array, "h d"]
+    rate_bias: Float[Array, " h"]
 
 
 class Box(nnx.Module):
@@ -68,6 +79,9 @@ class SelfModifying(nnx.Module):
         read: Literal["after_write", "chunk_start"] = "after_write",
         momentum: bool = True,
         erase: bool = True,
+        retain: bool = True,
+        adaptive_key: bool = True,
+        adaptive_value: bool = True,
         adaptive_query: bool = False,
         rngs: nnx.Rngs,
     ):
@@ -82,7 +96,9 @@ class SelfModifying(nnx.Module):
           read: read after the token's own write, or from the chunk's start (Eq. 90).
           momentum: whether writes carry momentum (Titans, Eq. 14).
           erase: whether writes erase along the layer's input (Eq. 57).
-          adaptive_query: whether a memory makes the queries too (Table 6).
+          retain: whether memories forget; False holds alpha at 1 (no weight decay).
+          adaptive_key, adaptive_value, adaptive_query: whether a memory makes them of their
+            streams; False leaves the stream itself, a slow map of x (Table 6).
 
         Raises:
           ValueError: sizes that do not divide.
@@ -93,16 +109,20 @@ class SelfModifying(nnx.Module):
             raise ValueError(f"`heads` is {heads}; it must be a divisor of width = {width}.")
         self.heads, self.head_dim, self.hidden = heads, width // heads, hidden
         self.chunk_size, self.projection_chunk_size = chunk_size, projection_chunk_size
-        self.erase = erase
+        self.erase, self.retain = erase, retain
         self.read: Literal["after_write", "chunk_start"] = read
-        boxes = (*BOXES, "query") if adaptive_query else BOXES
+        self.adaptive_query = adaptive_query
+        still = {"key": not adaptive_key, "value": not adaptive_value, "retain": not retain}
+        self.still = tuple(box for box, stands in still.items() if stands)
+        learning = [box for box in self._names() if box not in self.still]
         sizes = heads, (head_dim := self.head_dim)
         self.streams = Streams(width, dict.fromkeys(STREAMS, sizes), rngs=rngs)
         self.boxes = nnx.Dict(
-            {box: Box(*sizes, hidden, self._rate_bias(box), rngs=rngs) for box in boxes}
+            {box: Box(*sizes, hidden, self._rate_bias(box), rngs=rngs) for box in learning}
         )
-        self.retain_readout = normal(rngs, (heads, head_dim), ("heads", None), head_dim**-0.5)
-        self.retain_bias = parameter(jnp.full((heads,), INITIAL_RETAIN), ("heads",))
+        if retain:
+            self.retain_readout = normal(rngs, (heads, head_dim), ("heads", None), head_dim**-0.5)
+            self.retain_bias = parameter(jnp.full((heads,), INITIAL_RETAIN), ("heads",))
         self.momentum = Gate(width, heads, INITIAL_MOMENTUM, rngs=rngs) if momentum else None
         self.norm = RMSNorm(heads, head_dim, axes=("heads", None))
         self.gate = Linear(width, width, ("embed", "heads"), rngs=rngs)
@@ -124,7 +144,7 @@ class SelfModifying(nnx.Module):
             read=self.read,
             momentum=self.momentum is not None,
             erase=self.erase,
-            adaptive_query="query" in self.boxes,
+            adaptive_query=self.adaptive_query,
         )
 
     def ticks(self, x: Float[Array, "b t d"]) -> Ticks:
@@ -154,15 +174,34 @@ class SelfModifying(nnx.Module):
         return HopeState(self.streams.init_state(batch, dtype), memory)
 
     def parameters(self) -> ops.SelfModifyingParameters:
-        """Where the memories start and the slow read-outs, as the op takes them."""
-        boxes = self.boxes.items()
-        return ops.SelfModifyingParameters(
-            memories={name: (box.w1[...], box.w2[...]) for name, box in boxes},
-            rate_readout={name: box.rate_readout[...] for name, box in boxes},
-            rate_bias={name: box.rate_bias[...] for name, box in boxes},
-            retain_readout=self.retain_readout[...],
-            retain_bias=self.retain_bias[...],
+        """Where the memories start and the slow read-outs, as the op takes them.
+
+        A memory that stands still is the identity, M(z) = z + s(z 0) 0: no gradient moves it.
+        """
+        dtype = self.boxes["memory"].w1[...].dtype
+        zeros = functools.partial(jnp.zeros, dtype=dtype)
+        rest = Start(
+            zeros((self.heads, self.head_dim, self.hidden)),
+            zeros((self.heads, self.hidden, self.head_dim)),
+            zeros((self.heads, self.head_dim)),
+            zeros(self.heads),
         )
+        boxes = {
+            name: rest
+            if name in self.still
+            else Start(*(getattr(self.boxes[name], field)[...] for field in Start._fields))
+            for name in self._names()
+        }
+        return ops.SelfModifyingParameters(
+            memories={name: (box.w1, box.w2) for name, box in boxes.items()},
+            rate_readout={name: box.rate_readout for name, box in boxes.items()},
+            rate_bias={name: box.rate_bias for name, box in boxes.items()},
+            retain_readout=self.retain_readout[...] if self.retain else rest.rate_readout,
+            retain_bias=self.retain_bias[...] if self.retain else rest.rate_bias + SATURATED,
+        )
+
+    def _names(self) -> tuple[str, ...]:
+        return (*BOXES, "query") if self.adaptive_query else BOXES
 
     def __call__(
         self,
@@ -198,6 +237,6 @@ class SelfModifying(nnx.Module):
         """Streams, queries and momentum as the op takes them, and the convolutions' inputs."""
         made, windows = self.streams(x, windows, segment_ids)
         query, key, value, gate = (made[name] for name in STREAMS)
-        query = query if "query" in self.boxes else unit(query)
+        query = query if self.adaptive_query else unit(query)
         momentum = None if self.momentum is None else self.momentum(x)
         return (ops.Streams(key, value, gate), query, momentum), windows

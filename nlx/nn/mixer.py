@@ -76,6 +76,9 @@ def make_mixer(config: ModelConfig, name: MixerName, *, rngs: nnx.Rngs) -> Mixer
                 read=config.read,
                 momentum=config.momentum,
                 erase=config.erase,
+                retain=config.retain,
+                adaptive_key=config.adaptive_key,
+                adaptive_value=config.adaptive_value,
                 adaptive_query=config.adaptive_query,
                 rngs=rngs,
             )

@@ -71,8 +71,14 @@ class ModelConfig:
     """Whether the writes of Hope and Titans carry momentum."""
     erase: bool = True
     """Whether Hope's writes erase along the key (delta gradient descent)."""
+    retain: bool = True
+    """Whether Hope's memories forget (weight decay)."""
+    adaptive_key: bool = True
+    """Whether a memory of Hope makes the keys; else they are a slow map of the input."""
+    adaptive_value: bool = True
+    """The same of the values."""
     adaptive_query: bool = False
-    """Whether a memory makes the queries too."""
+    """The same of the queries."""
     tied: bool = False
     """Whether the read-out shares the embedding's table."""
     context: int = 1024
@@ -163,6 +169,8 @@ _ARCHITECTURES: dict[str, dict[str, Any]] = {
     "titans-mal": dict(mixer="titans_mal", feed_forward="swiglu"),
     "samba": dict(mixer="mamba2", then=("attention",), feed_forward="swiglu"),
     "hope": dict(mixer="self_modifying", feed_forward="cms"),
+    "hope-nested": dict(mixer="self_modifying", feed_forward="cms", cms_variant="nested"),
+    "hope-independent": dict(mixer="self_modifying", feed_forward="cms", cms_variant="independent"),
     "hope-attention": dict(mixer="attention", feed_forward="cms"),
 }
 
@@ -181,6 +189,8 @@ _HIDDEN: dict[str, tuple[int, ...]] = {
     "titans-mal": (288, 1320, 1024, 1088, 1728, 2112),
     "samba": (448, 1840, 2432, 2496, 3776, 4928),
     "hope": (256, 768, 960, 992, 1472, 1920),
+    "hope-nested": (168, 384, 480, 496, 736, 960),
+    "hope-independent": (256, 768, 960, 992, 1472, 1920),
     "hope-attention": (400, 1008, 1408, 1440, 2176, 2816),
 }
 
@@ -197,6 +207,11 @@ _MEMORY: dict[str, dict[str, Any]] = {
     "1.3b": dict(memory_hidden=128),
 }
 
+_HOPE: dict[str, dict[str, Any]] = {
+    "tiny": dict(cms_periods=(1, 4), projection_chunk_size=32),
+    **{size: dict(cms_periods=(1, 4, 16)) | _MEMORY[size] for size in ("small", *_PAPERS)},
+}
+
 # What an architecture has at one size alone. The widths of memories, the periods, the windows and
 # MAC's chunks are not published: memories are as wide inside as a head.
 _AT_SIZE: dict[str, dict[str, dict[str, Any]]] = {
@@ -208,14 +223,7 @@ _AT_SIZE: dict[str, dict[str, dict[str, Any]]] = {
     },
     "titans-mag": {size: memory | _WINDOW[size] for size, memory in _MEMORY.items()},
     "titans-mal": {size: memory | _WINDOW[size] for size, memory in _MEMORY.items()},
-    "hope": {
-        "tiny": dict(cms_periods=(1, 4), projection_chunk_size=32),
-        "small": dict(cms_periods=(1, 4, 16), memory_hidden=64),
-        "340m": dict(cms_periods=(1, 4, 16), memory_hidden=64),
-        "400m": dict(cms_periods=(1, 4, 16), memory_hidden=64),
-        "760m": dict(cms_periods=(1, 4, 16), memory_hidden=96),
-        "1.3b": dict(cms_periods=(1, 4, 16), memory_hidden=128),
-    },
+    **dict.fromkeys(("hope", "hope-nested", "hope-independent"), _HOPE),
     "hope-attention": {
         "tiny": dict(cms_periods=(1, 4)),
         **dict.fromkeys(("small", "340m", "400m", "760m", "1.3b"), dict(cms_periods=(1, 4, 16))),
