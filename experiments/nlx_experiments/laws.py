@@ -4,8 +4,10 @@
 command    nlx run laws [--only NAME ...]
 shows      for each architecture the worst deviation from each law: float64 and narrow models, whose
            chunks and windows are shorter than the text; bfloat16 on 16,384 tokens, random ones and
-           one token for ever; and whether it passes its per-token NumPy references in tests/
-takes      about 8 minutes on two cores
+           one token for ever; and whether it passes its per-token NumPy references in tests/.
+           "In context": every row's CMS blocks learn from its own tokens, one at a time, and the
+           finite differences go through those writes
+takes      about 10 minutes on two cores
 expects    yes in the last column of every row
 """
 
@@ -23,13 +25,14 @@ import numpy as np
 import optax
 from flax import nnx
 
-from nlx import nn
+from nlx import nn, writes
 from nlx_experiments import report, runs
 from nlx_experiments.console import say
 from nlx_experiments.errors import Refused
 
 PLACE = pathlib.Path(__file__).parents[1]
-LENGTH, LONG, PIECE = 12, 16_384, 1024
+LENGTH, LONG, PIECE, CHUNK = 12, 16_384, 1024, 16
+RATE = 0.3  # of the writes in context
 NARROW: dict[str, Any] = dict(
     vocabulary=32,
     width=16,
@@ -65,8 +68,16 @@ REFERENCES: dict[str, tuple[str, ...]] = {
     "samba": (f"{PAPER}[mamba2]", f"{PAPER}[window]"),
     "hope": (*HOPE, CHAIN),
     "hope-attention": (ATTENTION, CHAIN),
-    "hope, nested CMS": (*HOPE, CONTEXT),
-    "hope, independent CMS": (*HOPE, CONTEXT),
+    "hope-nested": (*HOPE, CHAIN, CONTEXT),
+    "hope-independent": (*HOPE, CONTEXT),
+    **{
+        f"{name}, in context": (*HOPE, f"{CONTEXT}[{kind}-periods{number}]")
+        for name, kind, number in (
+            ("hope", "sequential", 0),
+            ("hope-nested", "nested", 1),
+            ("hope-independent", "independent", 2),
+        )
+    },
 }
 
 
@@ -107,7 +118,7 @@ def main(options: Laws) -> None:
     path = options.place / "results" / "laws.json"
     found: dict[str, Any] = (runs.read_json(path) or {}).get("architectures", {})
     for name in options.only or known:
-        measured = measure(known[name])
+        measured = measure(known[name], in_context="in context" in name)
         numpy = references(REFERENCES[name])
         found[name] = {**measured._asdict(), "numpy": numpy, "holds": measured.holds() and numpy}
         found = {n: found[n] for n in known if n in found}
@@ -119,7 +130,7 @@ def main(options: Laws) -> None:
 
 
 def architectures() -> dict[str, nn.ModelConfig]:
-    """Every architecture of the presets, narrow, and Hope with the other kinds of CMS."""
+    """Every architecture of the presets, narrow, and Hope's once more with CMS in context."""
     given = {
         name.removesuffix("-tiny"): config
         for name, config in nn.PRESETS.items()
@@ -135,32 +146,64 @@ def architectures() -> dict[str, nn.ModelConfig]:
         )
         for name, config in given.items()
     }
-    hope = narrow["hope"]
-    kinds = ("nested", "independent")
-    return narrow | {f"hope, {k} CMS": dataclasses.replace(hope, cms_variant=k) for k in kinds}
+    in_context = {f"{n}, in context": narrow[n] for n in narrow if f"{n}, in context" in REFERENCES}
+    return narrow | in_context
 
 
-def measure(config: nn.ModelConfig) -> Measured:
+class Reader(NamedTuple):
+    """A model that reads: as it stands, or with a CMS that learns in context.
+
+    Attributes:
+      params: all that has a gradient.
+      start: (params, rows, capacity) -> the state before the first token.
+      read: (params, tokens [b, t+1], state) -> scores of the last t tokens, the state after t.
+    """
+
+    params: Any
+    start: Callable[[Any, int, int], Any]
+    read: Callable[[Any, Any, Any], tuple[Any, Any]]
+
+
+def reader(config: nn.ModelConfig, *, in_context: bool, chunk_size: int = 1) -> Reader:
+    """The reader of one architecture."""
+    model = nn.LanguageModel(config, rngs=nnx.Rngs(1))
+    if not in_context:
+        graph, params = nnx.split(model)
+        read = lambda params, tokens, state: nnx.merge(graph, params)(tokens[:, :-1], state)
+        return Reader(params, lambda _, rows, capacity: model.init_state(rows, capacity), read)
+    nest = nn.in_context(model, writes.fast(RATE))
+
+    def stream(params, tokens, state):
+        del params  # they are in the state
+        length = tokens.shape[1] - 1
+        return nn.stream(nest, state, tokens, chunk_size=chunk_size, window=length // chunk_size)
+
+    start = lambda params, rows, n: nn.begin(nest, params, model.init_state(rows, n))
+    return Reader(nest.init(jax.random.key(0)), start, stream)
+
+
+def measure(config: nn.ModelConfig, *, in_context: bool = False) -> Measured:
     """All deviations of one architecture."""
     with jax.enable_x64(True):
-        model = nn.LanguageModel(config, rngs=nnx.Rngs(1))
-        graph, params = nnx.split(model)
-        tokens = jax.random.permutation(jax.random.key(2), 32)[: 2 * LENGTH].reshape(2, LENGTH)
-        apply = jax.jit(lambda params, tokens, state: nnx.merge(graph, params)(tokens, state))
-        whole, _ = apply(params, tokens, None)
+        system = reader(config, in_context=in_context)
+        drawn = jax.random.permutation(jax.random.key(2), 32)[: 2 * LENGTH + 2]
+        tokens = drawn.reshape(2, LENGTH + 1)
+        begin = lambda: system.start(system.params, 2, LENGTH)
+        apply = jax.jit(lambda tokens, state: system.read(system.params, tokens, state))
+        whole, _ = apply(tokens, begin())
 
         def read(cuts: list[int]) -> float:
-            state, parts, at = model.init_state(2, capacity=LENGTH), [], 0
+            state, parts, at = begin(), [], 0
             for length in cuts:
-                part, state = apply(params, tokens[:, at : at + length], state)
+                part, state = apply(tokens[:, at : at + length + 1], state)
                 parts.append(part)
                 at += length
             return _furthest(jnp.concatenate(parts, 1), whole)
 
         other = tokens.at[:, LENGTH // 2 :].set(tokens[::-1, LENGTH // 2 :])
-        later, _ = apply(params, other, None)
-        changed, _ = apply(params, tokens.at[1].set(tokens[1, ::-1]), None)
-        slopes, reached = _slopes(graph, params, tokens)
+        later, _ = apply(other, begin())
+        changed, _ = apply(tokens.at[1].set(tokens[1, ::-1]), begin())
+        slopes, reached = _slopes(system, tokens)
         return Measured(
             tokens=read([1] * LENGTH),
             split=read([5, 1, 4, 2]),
@@ -168,7 +211,7 @@ def measure(config: nn.ModelConfig) -> Measured:
             rows=_furthest(changed[0], whole[0]),
             slopes=slopes,
             reached=reached,
-            long=_long(config),
+            long=_long(config, in_context=in_context),
         )
 
 
@@ -178,18 +221,19 @@ def _furthest(x: Any, y: Any) -> float:
     return worst if np.isfinite(worst) else np.inf
 
 
-def _slopes(graph: Any, params: Any, tokens: Any) -> tuple[float, float]:
+def _slopes(system: Reader, tokens: Any) -> tuple[float, float]:
     """Of one entry per parameter: distance from central differences, and the smallest gradient."""
 
     @jax.jit
     @jax.value_and_grad
     def loss(params):
-        logits, _ = nnx.merge(graph, params)(tokens)
-        return optax.softmax_cross_entropy_with_integer_labels(logits, 31 - tokens).mean()
+        logits, _ = system.read(params, tokens, system.start(params, 2, LENGTH))
+        labels = 31 - tokens[:, :-1]
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
-    leaves, tree = jax.tree.flatten(params)
+    leaves, tree = jax.tree.flatten(system.params)
     worst, least = 0.0, np.inf
-    for n, gradient in enumerate(jax.tree.leaves(loss(params)[1])):
+    for n, gradient in enumerate(jax.tree.leaves(loss(system.params)[1])):
         entry = np.unravel_index(np.argmax(np.abs(gradient)), gradient.shape)
 
         def moved(step, n=n, entry=entry):
@@ -203,23 +247,23 @@ def _slopes(graph: Any, params: Any, tokens: Any) -> tuple[float, float]:
     return worst if np.isfinite(worst) else np.inf, least
 
 
-def _long(config: nn.ModelConfig) -> float:
+def _long(config: nn.ModelConfig, *, in_context: bool) -> float:
     """The largest score in bfloat16 on 16,384 tokens: random ones, and one token for ever."""
     with jax.enable_x64(False):
-        model = nn.LanguageModel(dataclasses.replace(config, bfloat16=True), rngs=nnx.Rngs(1))
-        graph, params = nnx.split(model)
+        narrow = dataclasses.replace(config, bfloat16=True)
+        system = reader(narrow, in_context=in_context, chunk_size=CHUNK)
         tokens = jnp.stack(
-            [jax.random.randint(jax.random.key(3), (LONG,), 0, 32), jnp.full(LONG, 7)]
+            [jax.random.randint(jax.random.key(3), (LONG + 1,), 0, 32), jnp.full(LONG + 1, 7)]
         )
 
         @jax.jit
-        def read(params, state, piece):
-            logits, state = nnx.merge(graph, params)(piece, state)
+        def read(state, piece):
+            logits, state = system.read(system.params, piece, state)
             return state, jnp.max(jnp.abs(logits))
 
-        state, largest = model.init_state(2, capacity=LONG), 0.0
+        state, largest = system.start(system.params, 2, LONG), 0.0
         for at in range(0, LONG, PIECE):
-            state, score = read(params, state, tokens[:, at : at + PIECE])
+            state, score = read(state, tokens[:, at : at + PIECE + 1])
             largest = max(largest, float(score)) if np.isfinite(score) else np.inf
         return largest
 

@@ -53,7 +53,6 @@ interval_products = _intervals(lambda matrix: jnp.cumprod(matrix, -2))
 interval_products_in_kernel = _intervals(_doubling)
 
 
-@jax.custom_jvp
 def unit_lower_inverse(a: Float[Array, "*n c c"]) -> Float[Array, "*n c c"]:
     """(I + A)^-1, where A is what `a` holds below its diagonal; the rest of `a` is not read.
 
@@ -69,21 +68,30 @@ def unit_lower_inverse(a: Float[Array, "*n c c"]) -> Float[Array, "*n c c"]:
     Args:
       a: stacked square matrices of any size.
     """
+    # Of one number it is 1, whatever `a` is. JAX (0.11.2) forgets the axis of a `vmap` where a
+    # function with a derivative of its own does not depend on its argument, in gradients of
+    # gradients.
+    return jnp.ones_like(a) if a.shape[-1] == 1 else _inverse(a)
+
+
+@jax.custom_jvp
+def _inverse(a: Float[Array, "*n c c"]) -> Float[Array, "*n c c"]:
+    """`unit_lower_inverse` of two rows and more."""
     c = a.shape[-1]
     if c <= BASE:
         return _inverse_under_masks(a)
     m = c // 2
     if c % 2:
-        return unit_lower_inverse(jnp.pad(a, [(0, 0)] * (a.ndim - 2) + [(0, 1)] * 2))[..., :c, :c]
-    first, second = unit_lower_inverse(jnp.stack([a[..., :m, :m], a[..., m:, m:]]))
+        return _inverse(jnp.pad(a, [(0, 0)] * (a.ndim - 2) + [(0, 1)] * 2))[..., :c, :c]
+    first, second = _inverse(jnp.stack([a[..., :m, :m], a[..., m:, m:]]))
     below = -exact_product(second, exact_product(a[..., m:, :m], first))
     left = jnp.concatenate([first, below], -2)
     return jnp.concatenate([left, jnp.concatenate([jnp.zeros_like(below), second], -2)], -1)
 
 
-@unit_lower_inverse.defjvp
+@_inverse.defjvp
 def _(primals, tangents):
-    x = unit_lower_inverse(*primals)
+    x = _inverse(*primals)
     (slope,) = tangents
     row, column = _places(x.shape)
     return x, -exact_product(x, exact_product(jnp.where(row > column, slope, 0), x))

@@ -5,6 +5,7 @@ One model serves them: an embedding, a system, a fading sum over tokens as its m
 A test that is named after a fault fails on a system that has it.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import NamedTuple
@@ -580,3 +581,28 @@ def test_periods_that_do_not_divide_restart_after_the_ceiling():
 def test_bad_input_gets_a_sentence(make, sentence):
     with pytest.raises(ValueError, match=sentence):
         make()
+
+
+@pytest.mark.slow
+def test_gradients_flow_through_writes_of_hope_token_by_token(x64):
+    """One token a chunk, so windows of one: a gradient of gradients, mapped over rows."""
+    sizes = dict(layers=1, width=8, heads=2, hidden=4, memory_hidden=4, cms_periods=(1, 3))
+    config = dataclasses.replace(
+        nn.preset("hope-tiny"), vocabulary=7, chunk_size=2, projection_chunk_size=2, **sizes
+    )
+    model = nn.LanguageModel(config, rngs=nnx.Rngs(0))
+    nest, text = nn.in_context(model, writes.fast(0.3)), jnp.arange(10).reshape(2, 5) % 7
+
+    @jax.jit
+    @jax.value_and_grad
+    def loss(params):
+        state = nn.begin(nest, params, model.init_state(2))
+        return jnp.sum(jnp.sin(nn.stream(nest, state, text, chunk_size=1, window=4)[0]))
+
+    params = nest.init(jax.random.key(0))
+    moved = lambda step: jax.tree.map(lambda p, d: p + step * d, params, direction)
+    keys = iter(jax.random.split(jax.random.key(1), len(jax.tree.leaves(params))))
+    direction = jax.tree.map(lambda p: jax.random.normal(next(keys), p.shape), params)
+    slope = sum(jax.tree.leaves(jax.tree.map(jnp.vdot, loss(params)[1], direction)))
+    measured = (loss(moved(1e-5))[0] - loss(moved(-1e-5))[0]) / 2e-5
+    np.testing.assert_allclose(slope, measured, rtol=1e-6)
