@@ -17,6 +17,10 @@ def from_pretrained_mlps(
 ) -> LanguageModel:
     """A trained model whose MLPs are levels: with rates of 0 it is the model that was given.
 
+    To the bit, called like it. In context (`in_context`) every row has weights of its own: with
+    rates of 0 they stay the given ones to the bit, and scores equal those of the model up to the
+    order in which a device sums one row's products or many rows'.
+
     split=False: layers are dealt to the levels in their order, as evenly as can be, the first to
         the fastest. Nothing is computed differently: the same scores to the bit.
     split=True: the hidden units of every layer are cut into one group per level, in their order, as

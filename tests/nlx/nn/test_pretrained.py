@@ -136,6 +136,22 @@ def test_layers_as_levels_with_rate_0_stay_the_given_model_to_the_bit():
         assert not found
 
 
+@pytest.mark.slow
+def test_with_rate_0_weights_stay_to_the_bit_at_a_real_size():
+    """float32, width 128: rows of their own may be summed in another order."""
+    with jax.enable_x64(False):
+        model = nn.LanguageModel(nn.preset("transformer++-tiny"), rngs=nnx.Rngs(0))
+        text = jax.random.randint(jax.random.key(1), (2, 65), 0, 256)
+        nest = nn.in_context(nn.from_pretrained_mlps(model, [nlx.Clock(1)]), writes.fast(0.0))
+        params = nest.init(jax.random.key(0))
+        state = nn.begin(nest, params, model.init_state(2, capacity=64))
+        scores, after = nn.stream(nest, state, text, chunk_size=32)
+        for row in range(2):
+            same = lambda held, given, row=row: np.testing.assert_array_equal(held[row], given)
+            jax.tree.map(same, after.levels["cms_0"].params, params["cms_0"])
+        close(scores, model(text[:, :-1])[0], 1e-4)
+
+
 def test_hidden_units_as_levels_are_the_given_model_up_to_rounding():
     model = transformer()
     for block in model.blocks:
