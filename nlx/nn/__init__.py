@@ -14,6 +14,7 @@ from nlx.nn.cms import CMS as CMS
 from nlx.nn.cms import Variant as Variant
 from nlx.nn.continuum import Chunk as Chunk
 from nlx.nn.continuum import StreamState as StreamState
+from nlx.nn.continuum import anew as anew
 from nlx.nn.continuum import begin as begin
 from nlx.nn.continuum import in_context as in_context
 from nlx.nn.continuum import stream as stream

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from nlx import writes
 from nlx.clock import Clock
@@ -99,6 +99,30 @@ def begin(nest: Nest, params: dict[str, Any], mixers: ModelState) -> StreamState
         if _learns(nest, name):
             levels[name] = LevelState(own(shared), own(carry), tick)
     return StreamState(levels, mixers)
+
+
+def anew(state: StreamState, start: StreamState, rows: Bool[Array, " b"]) -> StreamState:
+    """Rows that begin another sample: what their blocks and mixers learned of the last is gone.
+
+    Clocks are the batch's: a row's first period ends where the others' does.
+
+    state: as `stream` returned it. start: of `begin`, of as many rows. rows: which of them.
+    Raises ValueError where `rows` is no boolean for each row.
+    """
+    if jnp.shape(rows) != (count := len(jax.tree.leaves(state.mixers)[0]),):
+        raise ValueError(f"`rows` has shape {jnp.shape(rows)}; it must be {count} booleans.")
+    mask = lambda x: rows.reshape(-1, *[1] * (x.ndim - 1))
+    pick = lambda new, old: jax.tree.map(lambda a, b: jnp.where(mask(a), a, b), new, old)
+    levels = {
+        name: held
+        if held.carry == ()
+        else held._replace(
+            params=pick(start.levels[name].params, held.params),
+            carry=pick(start.levels[name].carry, held.carry),
+        )
+        for name, held in state.levels.items()
+    }
+    return StreamState(levels, pick(start.mixers, state.mixers))
 
 
 def stream(

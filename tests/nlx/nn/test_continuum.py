@@ -75,9 +75,9 @@ class Run(NamedTuple):
     start: nn.StreamState
     chunk: Callable  # (state, tokens [2, 3]) -> (scores, state)
 
-    def stream(self, tokens):
+    def stream(self, tokens, state=None):
         """Scores of all chunks, and the state after them."""
-        state, parts = self.start, []
+        state, parts = state or self.start, []
         for n in range(0, tokens.shape[1] - 1, CHUNK):
             scores, state = self.chunk(state, tokens[:, n : n + CHUNK + 1])
             parts.append(scores)
@@ -254,6 +254,23 @@ def test_fast_state_is_not_shared_across_a_batch(variant):
     assert jnp.abs(scores[1] - other_scores[1]).max() > 1e-3
     slowest = parameters(after)[f"cms_{len(PERIODS[variant]) - 1}"]
     assert all(jnp.abs(leaf[0] - leaf[1]).max() > 1e-6 for leaf in slowest.values())
+
+
+@SYSTEMS
+def test_a_row_that_begins_anew_is_as_alone(variant):
+    """At a tick at which all levels have fired; the other row notices nothing."""
+    system = run(variant, PERIODS[variant])
+    now = CHUNK * (6 if variant == "independent" else 4)
+    _, state = system.stream(tokens()[:, : now + 1])
+    going, _ = system.stream(tokens()[:, now:], state)
+    fresh, _ = system.stream(tokens()[:, now:])
+    mixed = nn.anew(state, system.start, jnp.array([False, True]))
+    scores, _ = system.stream(tokens()[:, now:], mixed)
+    np.testing.assert_array_equal(scores[0], going[0])
+    np.testing.assert_allclose(scores[1], fresh[1], rtol=1e-9, atol=1e-9)
+    assert jnp.abs(going[1] - fresh[1]).max() > 1e-3
+    with pytest.raises(ValueError, match=r"`rows` has shape \(3,\); it must be 2 booleans"):
+        nn.anew(state, system.start, jnp.zeros(3, bool))
 
 
 @SYSTEMS
