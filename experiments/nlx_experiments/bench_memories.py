@@ -7,7 +7,8 @@ shows      linear, mlp: the gradient of the op in all its arguments, by chunks o
            (the op's reference, compiled); hope: tokens per second of Hope's block over those of
            nested-learning's at its default widths; decode: time per token and memory after 1,000
            and after 100,000 tokens, for every recurrent mixer at size tiny, 256 calls of one token
-           in a compiled loop: what the host adds to a call is left out
+           in a compiled loop: what the host adds to a call is left out; results/memories.json, and
+           the table in README.md
 measures   ratios in one run, interleaved, medians
 expects    linear 5 times or more, mlp 10, hope 20, decode within 10 % and a state of one size
 takes      about 5 minutes on two cores: linear and mlp half each, hope 2, decode 2
@@ -17,10 +18,11 @@ needs      hope: `pip install torch==2.13.0; pip install --no-deps nested-learni
 
 import functools
 import gc
+import pathlib
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -30,7 +32,7 @@ from flax import nnx
 import nlx
 from nlx import nn, ops
 from nlx.nn.mixer import make_mixer
-from nlx_experiments import peers, resident
+from nlx_experiments import peers, report, resident, runs
 from nlx_experiments.console import say
 from nlx_experiments.errors import Refused
 
@@ -40,6 +42,7 @@ RECURRENT = (
     "titans-mag", "titans-mal", "samba", "hope",
 )  # fmt: skip
 PERIODS = 1, 4, 32, 128
+PLACE = pathlib.Path(__file__).parents[1]
 SHORT, LONG, DECODED, PREFILL = 1_000, 100_000, 256, 1_000
 
 
@@ -230,55 +233,69 @@ def _own(states):
 # 4. the command
 
 
-def show_chunks(runs: dict[str, Run], name: str, what: str, asked: float) -> None:
-    """Prints how many times faster chunks are."""
+Row = tuple[str, str, str]  # what, measured, asked
+
+
+def show_chunks(runs: dict[str, Run], what: str, asked: float) -> Iterator[Row]:
+    """How many times faster chunks are."""
     taken = medians(runs, 7)
     ratio = taken["token loop"] / taken["chunks"]
     each = ", ".join(f"{form} {1e3 * seconds:,.0f} ms" for form, seconds in taken.items())
-    say(f"{name:8s} gradient of {what}: {each}; {ratio:.1f} times (asked: {asked:g})")
+    yield f"gradient of {what}", f"{each}; {ratio:.1f} times", f"{asked:g} times"
 
 
-def show_hope(tokens: int = 128) -> None:
-    """Prints tokens per second of both blocks."""
+def show_hope(tokens: int = 128) -> Iterator[Row]:
+    """Tokens per second of both blocks."""
     runs = hope(tokens)
     try:
         runs["theirs, forward"] = their_hope(tokens)
     except Refused as missing:
-        say(f"hope     without a peer: {missing}")
+        say(f"hope: without a peer: {missing}")
     speed = {name: tokens / taken for name, taken in medians(runs, 3).items()}
     theirs = speed.get("theirs, forward")
     for name, rate in speed.items():
-        ratio = f"  {rate / theirs:6.1f} times (asked: 20)" if theirs else ""
-        say(f"hope     {name:22s} {rate:10,.0f} tokens/s{ratio}")
+        ratio = f"; {rate / theirs:.1f} times" if theirs else ""
+        yield f"Hope's block, {name}", f"{rate:,.0f} tokens/s{ratio}", "20 times theirs, forward"
 
 
-def show_decode() -> None:
-    """Prints a line a mixer."""
+def show_decode() -> Iterator[Row]:
+    """A row a mixer."""
     for name in RECURRENT:
         early, late = (found := decode(name)).seconds
         small, large = (size / 2**20 for size in found.state)
-        say(
-            f"decode   {name:15s} {1e6 * early:7.0f} us a token after {SHORT:,} tokens, "
-            f"{1e6 * late:7.0f} after {LONG:,} ({100 * (late / early - 1):+5.1f} %); state "
-            f"{small:.3f} and {large:.3f} MiB, the process grew by {found.grown:+.1f} MiB"
+        took = (
+            f"{1e6 * early:.0f} us a token after {SHORT:,} tokens, {1e6 * late:.0f} after "
+            f"{LONG:,} ({100 * (late / early - 1):+.1f} %); state {small:.3f} and {large:.3f} MiB, "
+            f"the process grew by {found.grown:+.1f} MiB"
         )
+        yield f"decoding, {name}", took, "within 10 %"
 
 
-PARTS: dict[str, Callable[[], None]] = {
-    "linear": lambda: show_chunks(linear(), "linear", "linear_memory, b8 t2048 d64", 5),
-    "mlp": lambda: show_chunks(mlp(), "mlp", "mlp_memory, b2 t1024 d64 chunk 64", 10),
+PARTS: dict[str, Callable[[], Iterator[Row]]] = {
+    "linear": lambda: show_chunks(linear(), "linear_memory, b8 t2048 d64", 5),
+    "mlp": lambda: show_chunks(mlp(), "mlp_memory, b2 t1024 d64 chunk 64", 10),
     "hope": show_hope,
     "decode": show_decode,
 }
 
 
 def main(names: list[str]) -> None:
-    """Prints the parts that are named, or all."""
+    """Prints the parts that are named, or all, and writes them down."""
     unknown = set(names) - set(PARTS)
     if unknown:
         sys.exit(f"bench_memories knows {', '.join(PARTS)}, not {', '.join(unknown)}.")
+    path = PLACE / "results" / "memories.json"
+    known = runs.read_json(path) or {}
     for name in names or PARTS:
-        PARTS[name]()
+        rows = []
+        for row in PARTS[name]():
+            say(": ".join(row[:2]) + f" (asked: {row[2]})")
+            rows.append(row)
+        known[name] = {"environment": runs.environment(), "rows": rows}
+        runs.write_json(path, {part: known[part] for part in PARTS if part in known})
+    lines = [tuple(row) for part in PARTS if part in known for row in known[part]["rows"]]
+    shown = report.Table("Costs of memories", ("what", "measured", "asked"), lines).markdown()
+    report.place(PLACE / "README.md", "memories", shown)
 
 
 if __name__ == "__main__":
