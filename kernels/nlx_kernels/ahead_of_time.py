@@ -6,6 +6,7 @@ of it runs. A program that a TPU's compiler refuses, for memory it does not have
 does not know, is refused here as there.
 """
 
+import contextlib
 import importlib.util
 import os
 import re
@@ -98,7 +99,7 @@ def compile_for_tpu(
 
     described_arguments = jax.tree.map(described, arguments)
     start = time.perf_counter()
-    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), _uncached():
         traced = jax.jit(function).trace(*described_arguments)
         compiled = traced.lower(lowering_platforms=("tpu",)).compile()
     seconds = time.perf_counter() - start
@@ -112,6 +113,18 @@ def compile_for_tpu(
         memory.generated_code_size_in_bytes,
         _kernels(compiled.as_text() or ""),
     )
+
+
+@contextlib.contextmanager
+def _uncached():
+    """Keeps programs out of the compilation cache, which cannot read them without their device."""
+    option = "jax_persistent_cache_min_compile_time_secs"
+    before = getattr(jax.config, option)
+    jax.config.update(option, float("inf"))
+    try:
+        yield
+    finally:
+        jax.config.update(option, before)
 
 
 def _kernels(text: str) -> dict[str, int]:

@@ -165,10 +165,15 @@ def _step(form: _Form, constants, state: _State, tokens: xla.MemoryTokens, marks
     del constants
     dtype, out = state.weights[0].dtype, tokens.q.dtype
     q, k, v, *gates = jax.tree.map(lambda x: x.astype(dtype), tuple(tokens))
-    rate, retain, momentum, erase = (None if gate is None else gate[:, 0] for gate in gates)
+    rate, retain, *gates = (None if gate is None else gate[:, 0] for gate in gates)
+    momentum, erase = gates
+    assert rate is not None
+    assert retain is not None
     piece = _piece(q.shape[-2])
     decay = _chunk.make_decay(retain, momentum, piece, _chunk.IN_KERNEL)
-    how = dict(activation=form.activation, residual=form.residual, normalise=form.normalise)
+    how: dict[str, Any] = dict(
+        activation=form.activation, residual=form.residual, normalise=form.normalise
+    )
     trace = _chunk.backward(state.weights, k, v, **how)
     buffers = state.momentum or (None,) * len(state.weights)
     hidden, weights, kept = q, [], []
