@@ -164,6 +164,16 @@ def _split(run: Callable, inputs: tuple, kinds: str, made: str, tokens: Any) -> 
     return jax.shard_map(run, in_specs=tuple(cut), out_specs=out, check_vma=False)(*inputs)
 
 
+def split_rows(run: Callable, inputs: tuple, rows: Any) -> Any:
+    """Runs on each device the rows that it has; `rows` says which arrays have them first."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.size <= 1 or mesh.are_all_axes_manual:
+        return run(*inputs)
+    row = PartitionSpec(_mesh_axis("data", inputs[0].shape[0]))
+    specs = jax.tree.map(lambda own: row if own else PartitionSpec(), rows)
+    return jax.shard_map(run, in_specs=specs, out_specs=row, check_vma=False)(*inputs)
+
+
 def _mesh_axis(name: str, length: int) -> str | None:
     """The axis, if the mesh in context has it, still splits by it, and it divides the length."""
     mesh = jax.sharding.get_abstract_mesh()
@@ -340,12 +350,12 @@ def _call(plan, kernel, name, grid, *, inputs, in_specs, outputs, out_specs, scr
             dimension_semantics=("parallel", "parallel", "arbitrary"),
             vmem_limit_bytes=VMEM_LIMIT,
         ),
-        interpret=_interpreter(everything) if plan.interpret else False,
+        interpret=interpreter(everything) if plan.interpret else False,
     )
     return jax.tree.unflatten(jax.tree.structure(outputs), run(*jax.tree.leaves(inputs)))
 
 
-def _interpreter(tree: Any) -> Any:
+def interpreter(tree: Any) -> Any:
     """Simulates a TPU's memories, NaN until written; its callbacks know no float64 (jax 0.11)."""
     wide = any(x.dtype == jnp.float64 for x in jax.tree.leaves(tree))
     return True if wide else pltpu.InterpretParams(uninitialized_memory="nan")
@@ -370,6 +380,11 @@ def too_large(plan: Plan, *parts: Any) -> str | None:
     size = needs(plan, *parts)
     if size <= VMEM_LIMIT:
         return None
+    return sentence(size)
+
+
+def sentence(size: int) -> str:
+    """That so many bytes are too many."""
     return (
         f"would need about {size / 2**20:.0f} MiB of a TPU core's fast memory and may take "
         f"{VMEM_LIMIT / 2**20:.0f}; take a smaller chunk or memory, or another form"

@@ -15,6 +15,7 @@ from nlx_kernels import (
     self_modifying_memory,
 )
 from nlx_kernels._dispatch import choose
+from nlx_kernels.cms_chain.api import OFFERED as OF_CHAIN
 from nlx_kernels.linear_memory.api import OFFERED as OF_LINEAR
 from nlx_kernels.mlp_memory.api import OFFERED as OF_MLP
 from nlx_kernels.self_modifying_memory.api import OFFERED as OF_HOPE
@@ -58,6 +59,7 @@ CALLS = {
     ),
 }
 OFFERED = dict.fromkeys(CALLS, ()) | {
+    cms_chain: OF_CHAIN,
     linear_memory: OF_LINEAR,
     mlp_memory: OF_MLP,
     self_modifying_memory: OF_HOPE,
