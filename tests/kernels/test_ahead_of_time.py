@@ -61,7 +61,18 @@ def cms_chain(dtype, d, f):
     return given, lambda given: nlx_kernels.cms_chain(**given)
 
 
+def fast_update(dtype, d, f):
+    weights = (array(2, d, f, dtype=dtype), array(2, f, d, dtype=dtype), array(2, d, dtype=dtype))
+    wide = tuple(array(*w.shape) for w in weights)
+    carry = nlx_kernels.FastCarry(wide, array(2, dtype=jnp.int32), wide)
+    given = dict(weights=weights, carry=carry, gradient=weights)
+    return given, lambda given: nlx_kernels.fast_update(
+        **given, fires=True, rate=0.1, momentum=0.9, decay=0.1
+    )
+
+
 CASES = {
+    "update d=1024 f=2048": (fast_update, 1024, 2048),
     "cms d=256 f=320": (cms_chain, 256, 320),
     "cms d=1024 f=2048": (cms_chain, 1024, 2048),
     "linear d=64 block=16": (linear_memory, 64, 16),
@@ -75,6 +86,7 @@ CASES = {
     "hope d=128 f=128 chunk=64": (self_modifying_memory, 128, 128, 64),
 }
 QUICK = (
+    "update d=1024 f=2048",
     "cms d=256 f=320",
     "linear d=64 block=16",
     "mlp d=64 f=256 chunk=16",
@@ -98,13 +110,15 @@ def test_compiles(name, topology):
     given, op = make(jnp.dtype(dtype), *sizes)
 
     def both(given):
+        if make is fast_update:
+            return op(given)
         floats = lambda out: [x for x in jax.tree.leaves(out) if x.dtype != jnp.int32]
         loss = lambda given: sum(jnp.sum(x.astype(jnp.float32) ** 2) for x in floats(op(given)))
         return jax.value_and_grad(loss)(given)
 
     report = ahead_of_time.compile_for_tpu(both, given, topology=topology)
     op_name = make.__name__
-    own = set() if make is cms_chain else {f"{op_name}_backward"}
+    own = set() if make in (cms_chain, fast_update) else {f"{op_name}_backward"}
     assert set(report.kernels) == {op_name} | own
     recorded = json.loads(RECORD.read_text()) if RECORD.exists() else {}
     if os.environ.get("NLX_RECORD"):
