@@ -530,7 +530,7 @@ MUTATIONS = (
     ),
     Mutation(
         "the refusal of what does not fit a TPU core",
-        SCAN_TPU,
+        "kernels/nlx_kernels/_tpu.py",
         "    if size <= VMEM_LIMIT:\n",
         "    if True:\n",
         OF_LINEAR_TPU,

@@ -131,19 +131,19 @@ def test_compiles(name, topology):
 
 def test_the_estimate_is_not_below_what_the_compiler_takes():
     """What is refused is refused for what a kernel needs; what is not refused fits."""
-    from nlx_kernels import _chunk_scan_tpu
+    from nlx_kernels import _tpu
 
     recorded = json.loads(RECORD.read_text())
     held = [n for case in recorded.values() for row in case.values() for n in row.values()]
-    assert max(held) <= _chunk_scan_tpu.VMEM_LIMIT
+    assert max(held) <= _tpu.VMEM_LIMIT
 
 
 def test_a_kernel_that_takes_too_much_is_refused_by_the_compiler(monkeypatch):
     """The compiler, not only our estimate, knows how much fast memory there is."""
-    from nlx_kernels import _chunk_scan_tpu
+    from nlx_kernels import _tpu
 
-    monkeypatch.setattr(_chunk_scan_tpu, "needs", lambda *_: 0)
-    monkeypatch.setattr(_chunk_scan_tpu, "VMEM_LIMIT", 2**16)
+    monkeypatch.setattr(_tpu, "needs", lambda *_: 0)
+    monkeypatch.setattr(_tpu, "VMEM_LIMIT", 2**16)
     given, op = linear_memory(jnp.dtype("bfloat16"), 64, 16)
     with pytest.raises(jax.errors.JaxRuntimeError, match="vmem"):
         ahead_of_time.compile_for_tpu(op, given, topology="v5e:2x2")

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from nlx_kernels import _chunk_scan_tpu as chunk_scan
+from nlx_kernels import _tpu
 from nlx_kernels._derivative import differentiable
 from nlx_kernels.cms_chain import xla
 from nlx_kernels.cms_chain.block import ChainBlock
@@ -49,8 +49,8 @@ def refusal(x, weights, *, interpret, **_) -> str | None:
     if dict(mesh.shape).get("model", 1) > 1:
         return "is for a mesh that does not split weights over an axis 'model'"
     size = max(_needs(x, block) for block in weights)
-    if size > chunk_scan.VMEM_LIMIT:
-        return chunk_scan.sentence(size)
+    if size > _tpu.VMEM_LIMIT:
+        return _tpu.sentence(size)
     return None
 
 
@@ -62,7 +62,7 @@ def _tiles(x, block: ChainBlock) -> tuple[int, int]:
 def _needs(x, block: ChainBlock) -> int:
     """About the bytes of VMEM of a grid step: blocks that move, twice, then what is computed."""
     (tokens, hidden), d = _tiles(x, block), x.shape[-1]
-    size = chunk_scan.block_bytes
+    size = _tpu.block_bytes
     matrices = 2 if block.gate is None else 3
     moving = 2 * size((tokens, d), x.dtype) + matrices * size((d, hidden), x.dtype)
     return 2 * moving + 6 * size((tokens, d)) + 6 * size((tokens, hidden))
@@ -72,7 +72,7 @@ def _block(x, block: ChainBlock, activation: str, interpret: bool):
     """One block on all tokens, each device of the mesh in context its rows."""
     one = functools.partial(_one_device, activation, interpret)
     rows = jax.tree.map(lambda _: block.up.ndim == 3, block)
-    return chunk_scan.split_rows(one, (x, block), (True, rows))
+    return _tpu.split_rows(one, (x, block), (True, rows))
 
 
 def _one_device(activation: str, interpret: bool, x, block: ChainBlock):
@@ -109,9 +109,9 @@ def _one_device(activation: str, interpret: bool, x, block: ChainBlock):
         scratch_shapes=[pltpu.VMEM((tokens, d), x.dtype), pltpu.VMEM((tokens, d), wide)],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"),
-            vmem_limit_bytes=chunk_scan.VMEM_LIMIT,
+            vmem_limit_bytes=_tpu.VMEM_LIMIT,
         ),
-        interpret=chunk_scan.interpreter(given) if interpret else False,
+        interpret=_tpu.interpreter(given) if interpret else False,
     )(*given)
     return y[:, :t]
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from nlx_kernels import _chunk_scan_tpu as chunk_scan
+from nlx_kernels import _tpu
 from nlx_kernels._derivative import differentiable
 from nlx_kernels.fast_update import xla
 from nlx_kernels.fast_update.carry import FastCarry
@@ -90,7 +90,7 @@ def _leaf(interpret: bool, part, gates, count, fires):
     """One array: its new weights, sum and momentum, each device of the mesh in context its rows."""
     inputs = count, fires, part, gates
     rows = jax.tree.map(lambda _: True, inputs)
-    return chunk_scan.split_rows(functools.partial(_one_device, interpret), inputs, rows)
+    return _tpu.split_rows(functools.partial(_one_device, interpret), inputs, rows)
 
 
 def _one_device(interpret: bool, count, fires, part, gates):
@@ -113,9 +113,9 @@ def _one_device(interpret: bool, count, fires, part, gates):
         input_output_aliases={1: 0, 2: 1} | ({4: 2} if buffer is not None else {}),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel"),
-            vmem_limit_bytes=chunk_scan.VMEM_LIMIT,
+            vmem_limit_bytes=_tpu.VMEM_LIMIT,
         ),
-        interpret=chunk_scan.interpreter(parts) if interpret else False,
+        interpret=_tpu.interpreter(parts) if interpret else False,
     )(numbers, *parts)
     moved = [x.reshape(w.shape) for x in out]
     return moved[0], moved[1], moved[2] if buffer is not None else None
