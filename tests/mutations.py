@@ -36,6 +36,11 @@ TRACES = "nlx/inspect/traces.py"
 CMS, STREAM, OF_CMS = "nlx/nn/cms.py", "nlx/nn/continuum.py", "nlx/nn/test_continuum.py"
 LEARNER, LOOP = "experiments/nlx_experiments/learner.py", "experiments/nlx_experiments/loop.py"
 OF_TRAIN = "experiments/test_train.py"
+SCAN_TPU = "kernels/nlx_kernels/_chunk_scan_tpu.py"
+OF_LINEAR_TPU = "kernels/test_linear_memory_tpu.py"
+OF_HOPE_TPU, OF_MLP_TPU = (
+    f"kernels/test_{op}_tpu.py" for op in ("self_modifying_memory", "mlp_memory")
+)
 
 MUTATIONS = (
     Mutation(
@@ -494,6 +499,90 @@ MUTATIONS = (
         "jnp.where(lost[:, :, None], jnp.nan, y)",
         "y",
         "nlx/nn/test_model.py",
+    ),
+    Mutation(
+        "the reset of a segment in the TPU kernels",
+        "kernels/nlx_kernels/linear_memory/pallas_tpu.py",
+        "erase, rate, kept[:, 0]",
+        "erase, rate, jnp.ones_like(kept[:, 0])",
+        OF_LINEAR_TPU,
+    ),
+    Mutation(
+        "the state before the first chunk of the TPU kernels",
+        SCAN_TPU,
+        "        _put(state, _get(first))\n",
+        "        pass\n",
+        OF_LINEAR_TPU,
+    ),
+    Mutation(
+        "the place of a state found once more in the TPU kernels",
+        SCAN_TPU,
+        "_put_at(states, n + 1, after)",
+        "_put_at(states, n, after)",
+        OF_LINEAR_TPU,
+    ),
+    Mutation(
+        "the way back through the groups in the TPU kernels",
+        SCAN_TPU,
+        "at = (lambda g: groups - 1 - g) if reverse",
+        "at = (lambda g: g) if reverse",
+        OF_LINEAR_TPU,
+    ),
+    Mutation(
+        "the cotangent carried from chunk to chunk in the TPU kernels",
+        SCAN_TPU,
+        "        _put(by_state, state)\n",
+        "",
+        OF_LINEAR_TPU,
+    ),
+    Mutation(
+        "the sign of a state's cotangent in the TPU kernels",
+        SCAN_TPU,
+        "        _put(by_state, state)\n",
+        "        _put(by_state, jax.tree.map(jnp.negative, state))\n",
+        OF_LINEAR_TPU,
+    ),
+    Mutation(
+        "the sum over chunks of the read-outs' gradients in the TPU kernels",
+        SCAN_TPU,
+        "jax.tree.map(jnp.add, _get(by_constants), constant)",
+        "constant",
+        OF_HOPE_TPU,
+    ),
+    Mutation(
+        "the second clock of Hope in the TPU kernels",
+        "kernels/nlx_kernels/self_modifying_memory/pallas_tpu.py",
+        "marks[3:4, :1]",
+        "marks[2:3, :1]",
+        OF_HOPE_TPU,
+    ),
+    Mutation(
+        "the mask of chunks past the end in the TPU kernels",
+        "kernels/nlx_kernels/mlp_memory/pallas_tpu.py",
+        "    there = marks > 0\n",
+        "    there = marks > -1\n",
+        OF_MLP_TPU,
+    ),
+    Mutation(
+        "that derivatives of derivatives stay out of the TPU kernels",
+        "kernels/nlx_kernels/_derivative.py",
+        "result, kept = both(*arrays)",
+        "result, kept = forward(*arrays)",
+        OF_LINEAR_TPU,
+    ),
+    Mutation(
+        "the refusal of what does not fit a TPU core",
+        "kernels/nlx_kernels/_tpu.py",
+        "    if size <= VMEM_LIMIT:\n",
+        "    if True:\n",
+        OF_LINEAR_TPU,
+    ),
+    Mutation(
+        "that a mesh of TPUs gets their kernels",
+        "kernels/nlx_kernels/_dispatch.py",
+        "        return device.platform\n",
+        "        return jax.default_backend()\n",
+        "kernels/test_arguments.py",
     ),
 )
 

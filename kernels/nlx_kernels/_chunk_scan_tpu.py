@@ -20,7 +20,6 @@ of MaxText (Apache-2.0) for keeping a checkpoint every few chunks and a reversed
 """
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -28,8 +27,10 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import PartitionSpec
 
-VMEM_LIMIT = 56 * 2**20  # bytes a kernel may ask for: v5p and v7x have 64 MiB, v5e and v6e 128
+from nlx_kernels import _tpu
+
 Step = Callable[[Any, Any, Any, Any], tuple[Any, jax.Array]]
 
 
@@ -57,7 +58,7 @@ class Plan(NamedTuple):
 
 
 def forward(plan: Plan, constants: Any, state: Any, tokens: Any, marks: Any):
-    """Runs the chunks.
+    """Runs the chunks, each device of the mesh in context its rows and heads.
 
     Args:
       plan: as above.
@@ -69,6 +70,12 @@ def forward(plan: Plan, constants: Any, state: Any, tokens: Any, marks: Any):
     Returns:
       y [b, h, n, ...], the last state, and the states at the groups' starts [b, h, n / every, ...].
     """
+    inputs = constants, state, tokens, marks
+    run = functools.partial(_forward, plan)
+    return _split(run, inputs, "cstm", "tss", tokens)
+
+
+def _forward(plan: Plan, constants: Any, state: Any, tokens: Any, marks: Any):
     grid, specs = _layout(plan, state, tokens)
     y = _reads(plan, constants, state, tokens, marks)
     kept = jax.tree.map(lambda s: _like(s, s.shape[:2] + grid[2:] + s.shape[2:]), state)
@@ -93,6 +100,15 @@ def backward(plan: Plan, constants: Any, kept: Any, tokens: Any, marks: Any, slo
       kept: the checkpoints it returned.
       slopes: cotangents of y and of the last state.
     """
+    inputs = constants, kept, tokens, marks, *slopes
+    run = functools.partial(_backward, plan)
+    by_constants, *rest = _split(run, inputs, "cstmts", "sst", tokens)
+    return jax.tree.map(lambda c: c.sum(0), by_constants), *rest
+
+
+def _backward(
+    plan: Plan, constants: Any, kept: Any, tokens: Any, marks: Any, by_y: Any, by_last: Any
+):
     grid, specs = _layout(plan, kept, tokens, reverse=True)
     every = lambda tree: jax.tree.map(lambda x: _like(x, x.shape), tree)
     rows = jax.tree.leaves(tokens)[0].shape[0]
@@ -100,12 +116,12 @@ def backward(plan: Plan, constants: Any, kept: Any, tokens: Any, marks: Any, slo
     first = jax.tree.map(lambda s: _like(s, s.shape[:2] + s.shape[3:]), kept)
     chunk = jax.tree.map(lambda s: _like(s, (plan.heads, *s.shape[3:])), kept)
     group = jax.tree.map(lambda s: _like(s, (plan.every, *s.shape)), chunk)
-    by_constants, by_state, by_tokens = _call(
+    return _call(
         plan,
         functools.partial(_backward_kernel, plan),
         f"{plan.name}_backward",
         grid,
-        inputs=(constants, kept, tokens, marks, slopes[0], slopes[1]),
+        inputs=(constants, kept, tokens, marks, by_y, by_last),
         in_specs=(
             specs.constants, specs.checkpoints, specs.tokens, specs.marks, specs.tokens,
             specs.states,
@@ -114,7 +130,32 @@ def backward(plan: Plan, constants: Any, kept: Any, tokens: Any, marks: Any, slo
         out_specs=(specs.states, specs.states, specs.tokens),
         scratch=(chunk, group),
     )  # fmt: skip
-    return jax.tree.map(lambda c: c.sum(0), by_constants), by_state, by_tokens
+
+
+def _split(run: Callable, inputs: tuple, kinds: str, made: str, tokens: Any) -> Any:
+    """Runs on each device what it has: rows are split over "data", heads over "model".
+
+    A compiler cannot split a kernel by itself. Kinds: c constants [h, ...], s states and t tokens
+    [b, h, ...], m marks.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.size <= 1 or mesh.are_all_axes_manual:
+        return run(*inputs)
+    b, h = jax.tree.leaves(tokens)[0].shape[:2]
+    row, head = _tpu.mesh_axis("data", b), _tpu.mesh_axis("model", h)
+
+    def spec(kind: str) -> Callable[[Any], PartitionSpec]:
+        if kind == "c":
+            return lambda x: PartitionSpec(head)
+        if kind == "m":
+            return lambda x: PartitionSpec(
+                row if x.shape[0] > 1 else None, head if x.shape[1] > 1 else None
+            )
+        return lambda x: PartitionSpec(row, head)
+
+    cut = [jax.tree.map(spec(kind), x) for kind, x in zip(kinds, inputs, strict=True)]
+    out = tuple(PartitionSpec(row, head) for _ in made)
+    return jax.shard_map(run, in_specs=tuple(cut), out_specs=out, check_vma=False)(*inputs)
 
 
 def _forward_kernel(plan, constants, first, tokens, marks, y, last, kept, state):
@@ -284,67 +325,12 @@ def _call(plan, kernel, name, grid, *, inputs, in_specs, outputs, out_specs, scr
         scratch_shapes=[pltpu.VMEM(x.shape, x.dtype) for x in jax.tree.leaves(scratch)],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"),
-            vmem_limit_bytes=VMEM_LIMIT,
+            vmem_limit_bytes=_tpu.VMEM_LIMIT,
         ),
-        interpret=_interpreter(everything) if plan.interpret else False,
+        interpret=_tpu.interpreter(everything) if plan.interpret else False,
     )
     return jax.tree.unflatten(jax.tree.structure(outputs), run(*jax.tree.leaves(inputs)))
 
 
-def _interpreter(tree: Any) -> Any:
-    """Simulates a TPU's memories, NaN until written; its callbacks know no float64 (jax 0.11)."""
-    wide = any(x.dtype == jnp.float64 for x in jax.tree.leaves(tree))
-    return True if wide else pltpu.InterpretParams(uninitialized_memory="nan")
-
-
 def _like(x: Any, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, x.dtype)
-
-
-def fit(plan: Plan, *parts: Any) -> Plan:
-    """The plan with as many chunks a group, at most its own, as VMEM has room for; at least one.
-
-    The parts are constants, state, tokens and marks as of `forward`, or their shapes.
-    """
-    while plan.every > 1 and needs(plan, *parts) > VMEM_LIMIT:
-        plan = plan._replace(every=plan.every // 2)
-    return plan
-
-
-def too_large(plan: Plan, *parts: Any) -> str | None:
-    """Why a grid step of the backward kernel does not fit into VMEM, or None."""
-    size = needs(plan, *parts)
-    if size <= VMEM_LIMIT:
-        return None
-    return (
-        f"would need about {size / 2**20:.0f} MiB of a TPU core's fast memory and may take "
-        f"{VMEM_LIMIT / 2**20:.0f}; take a smaller chunk or memory, or another form"
-    )
-
-
-def needs(plan: Plan, constants: Any, state: Any, tokens: Any, marks: Any) -> int:
-    """About how many bytes of VMEM a grid step of the backward kernel needs.
-
-    Blocks that move are there twice, one being copied while another is computed with; then the
-    states of a group; then what one chunk computes.
-    """
-    total = lambda tree, lead: sum(
-        block_bytes(x.shape[lead:], x.dtype) for x in jax.tree.leaves(tree)
-    )
-    states, slow = plan.heads * total(state, 2), plan.heads * total(constants, 1)
-    chunk = plan.heads * total(tokens, 3) + total(marks, 3)
-    return 4 * slow + plan.every * 5 * chunk + (plan.every + 5) * states + plan.work
-
-
-def held(counts: tuple[int, int], array: int, state: Any) -> int:
-    """Bytes of so many arrays of a chunk, and so many states [b, h, ...] of one head."""
-    one = sum(block_bytes(x.shape[2:], x.dtype) for x in jax.tree.leaves(state))
-    return counts[0] * array + counts[1] * one
-
-
-def block_bytes(shape: tuple[int, ...], dtype: Any = jnp.float32) -> int:
-    """Bytes of a block in VMEM, whose last two axes are filled up to whole registers."""
-    item = jnp.dtype(dtype).itemsize
-    *outer, rows, columns = (1, 1, *shape)
-    sublanes = 8 * max(1, 4 // item)
-    return math.prod(outer) * -(-rows // sublanes) * sublanes * -(-columns // 128) * 128 * item

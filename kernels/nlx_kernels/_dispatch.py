@@ -5,8 +5,9 @@ A name is obeyed or refused with a sentence: it is never replaced by another. ``
 kernel of the platform where the op offers one and it does not refuse the call, else the first
 implementation that the op offers. The platform is that of the mesh in context
 (`jax.sharding.use_abstract_mesh`, `jax.set_mesh`) if there is one, so that a program compiled ahead
-of time for a TPU holds its kernels, else that of `jax.default_backend()`. No environment variable
-changes the choice. Kernels have reverse-mode derivatives only: `jax.jvp` needs "xla".
+of time for a TPU holds its kernels, else that of `jax.default_backend()` if it has one device:
+compilers cannot split a kernel over several, so there a mesh must be in context. No environment
+variable changes the choice. Kernels have reverse-mode derivatives only: `jax.jvp` needs "xla".
 """
 
 from collections.abc import Callable, Mapping
@@ -67,7 +68,7 @@ def choose(
             f"interpret must be False."
         )
     if implementation is None:
-        chosen = KERNELS.get(platform(), chosen)
+        chosen = KERNELS.get(platform() or "", chosen)
     kernel = offered.get(chosen)
     if not isinstance(kernel, Kernel):
         plain = offered[first if implementation is None else chosen]
@@ -86,7 +87,10 @@ def choose(
     return run
 
 
-def platform() -> str:
-    """The platform for which is traced: "tpu", "gpu" or "cpu"."""
-    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
-    return jax.default_backend() if device is None else device.platform
+def platform() -> str | None:
+    """The platform for which is traced: "tpu", "gpu" or "cpu"; None: several devices, no mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    device = getattr(mesh, "abstract_device", None)
+    if device is not None:
+        return device.platform
+    return jax.default_backend() if not mesh.empty or jax.device_count() == 1 else None

@@ -6,6 +6,7 @@ of it runs. A program that a TPU's compiler refuses, for memory it does not have
 does not know, is refused here as there.
 """
 
+import contextlib
 import importlib.util
 import os
 import re
@@ -89,18 +90,12 @@ def compile_for_tpu(
     Raises:
       jax.errors.JaxRuntimeError: what the compiler refuses, such as too much fast memory.
     """
-    mesh = tpu_mesh(topology) if mesh is None else mesh
-    whole = NamedSharding(mesh, PartitionSpec())
-
-    def described(x: Any) -> jax.ShapeDtypeStruct:
-        given = isinstance(x, jax.ShapeDtypeStruct) and x.sharding is not None
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding if given else whole)
-
-    described_arguments = jax.tree.map(described, arguments)
     start = time.perf_counter()
-    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        traced = jax.jit(function).trace(*described_arguments)
-        compiled = traced.lower(lowering_platforms=("tpu",)).compile()
+    with _uncached():
+        mesh = tpu_mesh(topology) if mesh is None else mesh
+        lowered = _lower(function, arguments, mesh)
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            compiled = lowered.compile()
     seconds = time.perf_counter() - start
     memory: Any = compiled.memory_analysis()
     return Report(
@@ -112,6 +107,36 @@ def compile_for_tpu(
         memory.generated_code_size_in_bytes,
         _kernels(compiled.as_text() or ""),
     )
+
+
+def kernels_for_tpu(function: Callable[..., Any], *arguments: Any, mesh: Mesh) -> set[str]:
+    """Names of the kernels in a function lowered for the TPUs of a mesh, without compiling it."""
+    return set(re.findall(r'kernel_name = "(\w+)"', _lower(function, arguments, mesh).as_text()))
+
+
+def _lower(function: Callable[..., Any], arguments: Any, mesh: Mesh) -> Any:
+    """Lowers a function of described arguments for the TPUs of a mesh."""
+    whole = NamedSharding(mesh, PartitionSpec())
+
+    def described(x: Any) -> jax.ShapeDtypeStruct:
+        given = isinstance(x, jax.ShapeDtypeStruct) and x.sharding is not None
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding if given else whole)
+
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        traced = jax.jit(function).trace(*jax.tree.map(described, arguments))
+        return traced.lower(lowering_platforms=("tpu",))
+
+
+@contextlib.contextmanager
+def _uncached():
+    """Keeps programs out of the compilation cache, which cannot read them without their device."""
+    option = "jax_persistent_cache_min_compile_time_secs"
+    before = getattr(jax.config, option)
+    jax.config.update(option, float("inf"))
+    try:
+        yield
+    finally:
+        jax.config.update(option, before)
 
 
 def _kernels(text: str) -> dict[str, int]:

@@ -15,6 +15,8 @@ from nlx_kernels import (
     self_modifying_memory,
 )
 from nlx_kernels._dispatch import choose
+from nlx_kernels.cms_chain.api import OFFERED as OF_CHAIN
+from nlx_kernels.fast_update.api import OFFERED as OF_UPDATE
 from nlx_kernels.linear_memory.api import OFFERED as OF_LINEAR
 from nlx_kernels.mlp_memory.api import OFFERED as OF_MLP
 from nlx_kernels.self_modifying_memory.api import OFFERED as OF_HOPE
@@ -58,6 +60,8 @@ CALLS = {
     ),
 }
 OFFERED = dict.fromkeys(CALLS, ()) | {
+    cms_chain: OF_CHAIN,
+    fast_update: OF_UPDATE,
     linear_memory: OF_LINEAR,
     mlp_memory: OF_MLP,
     self_modifying_memory: OF_HOPE,

@@ -7,11 +7,15 @@ from typing import Any, Literal
 from jaxtyping import Array, Float
 
 from nlx_kernels._checks import Checker
-from nlx_kernels._dispatch import Implementation, choose
-from nlx_kernels.cms_chain import reference, xla
+from nlx_kernels._dispatch import Implementation, Kernel, choose
+from nlx_kernels.cms_chain import pallas_tpu, reference, xla
 from nlx_kernels.cms_chain.block import ChainBlock
 
-OFFERED = {"xla": xla.cms_chain, "reference": reference.cms_chain}
+OFFERED = {
+    "xla": xla.cms_chain,
+    "reference": reference.cms_chain,
+    "pallas_tpu": Kernel(pallas_tpu.cms_chain, pallas_tpu.refusal),
+}
 
 
 def cms_chain(
@@ -32,7 +36,7 @@ def cms_chain(
       weights: one `ChainBlock` per block, in order, each shared by all rows or with a leading axis
         b on its arrays; any dtype that x's accumulator holds. At least one.
       activation: gelu is its tanh form.
-      implementation: None chooses; a name is obeyed or refused.
+      implementation: None chooses: "pallas_tpu" on a TPU, else "xla"; a name is obeyed or refused.
       interpret: run a kernel on the CPU.
 
     Returns:

@@ -8,12 +8,16 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from nlx_kernels._checks import INPUT_DTYPES, Checker
-from nlx_kernels._dispatch import Implementation, choose
-from nlx_kernels.fast_update import reference, xla
+from nlx_kernels._dispatch import Implementation, Kernel, choose
+from nlx_kernels.fast_update import pallas_tpu, reference, xla
 from nlx_kernels.fast_update.carry import FastCarry
 
 KINDS = {"integer": jnp.integer, "bool": jnp.bool_, "floating number": jnp.floating}
-OFFERED = {"xla": xla.fast_update, "reference": reference.fast_update}
+OFFERED = {
+    "xla": xla.fast_update,
+    "reference": reference.fast_update,
+    "pallas_tpu": Kernel(pallas_tpu.fast_update, pallas_tpu.refusal),
+}
 
 
 def fast_update(
@@ -43,7 +47,7 @@ def fast_update(
       momentum: share of P kept, in [0, 1]; None: P = T / n, and no buffer.
       decay: pull to zero beside the rate, >= 0.
       ticks: ticks that the gradient sums over, >= 0.
-      implementation: None chooses; a name is obeyed or refused.
+      implementation: None chooses: "pallas_tpu" on a TPU, else "xla"; a name is obeyed or refused.
       interpret: run a kernel on the CPU.
 
     Returns:

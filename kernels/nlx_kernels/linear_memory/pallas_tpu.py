@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from nlx_kernels import _chunk_scan_tpu as chunk_scan
+from nlx_kernels import _tpu
 from nlx_kernels._checks import resets
 from nlx_kernels._derivative import differentiable
 from nlx_kernels._solve import interval_products_in_kernel
@@ -52,7 +53,7 @@ def refusal(q, k, v, *, retain, erase, rate, state, block_size, interpret, **_) 
     if not interpret and state.dtype != jnp.float32:
         return "is for float32 and bfloat16; float64 is for interpret=True, or another form"
     settings = "after_write", None, block_size, interpret
-    return chunk_scan.too_large(*_plan(settings, q, k, v, retain, erase, rate, state))
+    return _tpu.too_large(*_plan(settings, q, k, v, retain, erase, rate, state))
 
 
 def _plain(q, k, v, retain, erase, rate, state, **options):
@@ -86,7 +87,7 @@ def _plan(settings, *arrays):
     """The plan for a call, and the shapes of what it works on, with one row."""
     read, segment_ids, block_size, interpret = settings
     *tokens, state = jax.eval_shape(lambda arrays: [x[:1] for x in arrays], arrays)
-    t, heads = tokens[0].shape[1:3]
+    t, heads = tokens[0].shape[1], _tpu.heads_per_device(tokens[0].shape[2])
     plan = chunk_scan.Plan(
         name="linear_memory",
         step=functools.partial(_step, read),
@@ -100,8 +101,8 @@ def _plan(settings, *arrays):
     _, _, (q, _, v, _), _ = parts
     c, widest = q.shape[3], max(q.shape[3], q.shape[4], v.shape[4])
     held = HELD if q.dtype == jnp.bfloat16 else HELD_FLOAT32
-    plan = plan._replace(work=held * plan.heads * chunk_scan.block_bytes((c, widest)))
-    return chunk_scan.fit(plan, *parts), *parts
+    plan = plan._replace(work=held * plan.heads * _tpu.block_bytes((c, widest)))
+    return _tpu.fit(plan, *parts), *parts
 
 
 def _step(read, constants, state, tokens: _Tokens, kept):

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from nlx_kernels import _chunk
+from nlx_kernels import _chunk, _tpu
 from nlx_kernels import _chunk_scan_tpu as chunk_scan
 from nlx_kernels._derivative import differentiable
 from nlx_kernels.mlp_memory import xla
@@ -96,7 +96,7 @@ def refusal(
     form = _Form(chunk_size, "", abs, True, None, None, None, interpret)
     tokens = xla.MemoryTokens(q, k, v, rate, retain, momentum, erase)
     tokens = jax.eval_shape(lambda tree: jax.tree.map(lambda x: x[:, :chunk_size], tree), tokens)
-    return chunk_scan.too_large(*_plan(form, tokens, weights))
+    return _tpu.too_large(*_plan(form, tokens, weights))
 
 
 def _forward(form: _Form, tokens, weights):
@@ -131,10 +131,10 @@ def _plan(form: _Form, tokens: xla.MemoryTokens, weights):
         interpret=form.interpret,
     )
     parts = (), *jax.eval_shape(functools.partial(_cut, form, 1), tokens, weights)
-    array = chunk_scan.block_bytes((c, widest)) * (1 if tokens.erase is None else 2)
-    work = chunk_scan.held(HELD_FLOAT32 if wide else HELD, array, parts[1])
+    array = _tpu.block_bytes((c, widest)) * (1 if tokens.erase is None else 2)
+    work = _tpu.held(HELD_FLOAT32 if wide else HELD, array, parts[1])
     plan = plan._replace(work=work)
-    return chunk_scan.fit(plan, *parts), *parts
+    return _tpu.fit(plan, *parts), *parts
 
 
 def _cut(form: _Form, every: int, tokens: xla.MemoryTokens, weights):
@@ -165,10 +165,15 @@ def _step(form: _Form, constants, state: _State, tokens: xla.MemoryTokens, marks
     del constants
     dtype, out = state.weights[0].dtype, tokens.q.dtype
     q, k, v, *gates = jax.tree.map(lambda x: x.astype(dtype), tuple(tokens))
-    rate, retain, momentum, erase = (None if gate is None else gate[:, 0] for gate in gates)
+    rate, retain, *gates = (None if gate is None else gate[:, 0] for gate in gates)
+    momentum, erase = gates
+    assert rate is not None
+    assert retain is not None
     piece = _piece(q.shape[-2])
     decay = _chunk.make_decay(retain, momentum, piece, _chunk.IN_KERNEL)
-    how = dict(activation=form.activation, residual=form.residual, normalise=form.normalise)
+    how: dict[str, Any] = dict(
+        activation=form.activation, residual=form.residual, normalise=form.normalise
+    )
     trace = _chunk.backward(state.weights, k, v, **how)
     buffers = state.momentum or (None,) * len(state.weights)
     hidden, weights, kept = q, [], []

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from nlx_kernels import _chunk
+from nlx_kernels import _chunk, _tpu
 from nlx_kernels import _chunk_scan_tpu as chunk_scan
 from nlx_kernels._derivative import differentiable
 from nlx_kernels._solve import exact_product
@@ -111,7 +111,7 @@ def refusal(
     if not interpret and parameters.retain_bias.dtype != jnp.float32:
         return "is for float32 and bfloat16; float64 is for interpret=True, or another form"
     form = _Form(xla.ORDER[: len(parameters.memories)], periods, "", True, abs, None, None)
-    return chunk_scan.too_large(*_plan(form, interpret, x, q, momentum, parameters))
+    return _tpu.too_large(*_plan(form, interpret, x, q, momentum, parameters))
 
 
 def _forward(form, interpret, x, q, momentum, parameters):
@@ -154,13 +154,11 @@ def _plan(form: _Form, interpret: bool, *arrays):
     parts = jax.eval_shape(functools.partial(_cut, form, 1), *arrays)
     parts = (*parts, jax.eval_shape(functools.partial(_marks, form, 1), q))
     widths = parameters.memories["memory"][0].shape[1:]
-    window = sum(chunk_scan.block_bytes((_window(t, form.periods), width)) for width in widths)
+    window = sum(_tpu.block_bytes((_window(t, form.periods), width)) for width in widths)
     plan = plan._replace(
-        work=chunk_scan.held(
-            HELD_FLOAT32 if wide else HELD, len(form.boxes) * window // 2, parts[1]
-        )
+        work=_tpu.held(HELD_FLOAT32 if wide else HELD, len(form.boxes) * window // 2, parts[1])
     )
-    return chunk_scan.fit(plan, *parts), *parts
+    return _tpu.fit(plan, *parts), *parts
 
 
 def _cut(form: _Form, every: int, x, q, momentum, parameters):
