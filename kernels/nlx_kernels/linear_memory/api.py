@@ -7,11 +7,15 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from nlx_kernels._checks import Checker
-from nlx_kernels._dispatch import Implementation, choose
+from nlx_kernels._dispatch import Implementation, Kernel, choose
 from nlx_kernels._finite import quarantine
-from nlx_kernels.linear_memory import reference, xla
+from nlx_kernels.linear_memory import mosaic_gpu, reference, xla
 
-OFFERED = {"xla": xla.linear_memory, "reference": reference.linear_memory}
+OFFERED = {
+    "xla": xla.linear_memory,
+    "reference": reference.linear_memory,
+    "mosaic_gpu": Kernel(mosaic_gpu.linear_memory, mosaic_gpu.refusal),
+}
 
 
 def linear_memory(
