@@ -8,12 +8,12 @@ from jaxtyping import Array, Float, Int
 
 from nlx_kernels._checks import Checker
 from nlx_kernels._dispatch import Implementation, Kernel, choose
-from nlx_kernels._finite import quarantine
 from nlx_kernels.linear_memory import mosaic_gpu, reference, xla
+from nlx_kernels.linear_memory.finite import guarded
 
 OFFERED = {
-    "xla": xla.linear_memory,
-    "reference": reference.linear_memory,
+    "xla": guarded(xla.linear_memory),
+    "reference": guarded(reference.linear_memory),
     "mosaic_gpu": Kernel(mosaic_gpu.linear_memory, mosaic_gpu.refusal),
 }
 
@@ -81,9 +81,7 @@ def linear_memory(
     if state is None:
         state = jnp.zeros([check.sizes[axis] for axis in "bhkv"], check.accumulator())
     state = check.state("state", state, "b h k v")
-    written = {"k": k, "v": v, "retain": retain, "erase": erase, "rate": rate}
-    q, written, state, mark = quarantine(q, written, state, segment_ids)
-    y, new_state = run(
-        q, **written, state=state, read=read, segment_ids=segment_ids, block_size=block
-    )
-    return mark(y.astype(q.dtype), new_state)
+    return run(
+        q, k, v, retain=retain, erase=erase, rate=rate, state=state, read=read,
+        segment_ids=segment_ids, block_size=block,
+    )  # fmt: skip

@@ -1,9 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""linear_memory as Mosaic GPU kernels for Hopper: bfloat16 products, float32 sums, gates and states.
+"""linear_memory as Mosaic GPU kernels for Hopper: bfloat16 products, float32 sums and states.
 
-Forward: `mosaic_prepare` (all chunks at once), then `mosaic_scan` (one chunk after another). Nothing
-but the arguments is kept; backward both run again, then `mosaic_reverse` and `mosaic_slopes`
-(all chunks at once). The slopes of the gates are finished here, where they are vectors.
+Forward: `mosaic_prepare` (all chunks at once), then `mosaic_scan` (one after another), keeping
+nothing but the arguments; backward both run again, then `mosaic_reverse`, then `mosaic_slopes` (all
+chunks at once). The slopes of the gates are finished here, where they are vectors.
+
+What is not finite makes something of what the kernels give not finite. Only then is the call done
+again, with such tokens kept to their segment (`finite.guarded`): looking for them first took as
+long as the kernels.
 """
 
 import functools
@@ -17,13 +21,13 @@ from nlx_kernels._checks import resets
 from nlx_kernels._derivative import differentiable
 from nlx_kernels._mosaic import SIDE, is_hopper
 from nlx_kernels.linear_memory import xla
+from nlx_kernels.linear_memory.finite import guarded
 from nlx_kernels.linear_memory.mosaic_prepare import prepare
 from nlx_kernels.linear_memory.mosaic_reverse import reverse
 from nlx_kernels.linear_memory.mosaic_scan import scan
 from nlx_kernels.linear_memory.mosaic_slopes import slopes
 
 FORGOTTEN = 256.0  # powers of two that nothing survives: 2^-256 is 0 in float32
-PROGRAMS = 100  # heads from which on one program takes all 128 values of its head
 
 
 class _Call(NamedTuple):
@@ -49,10 +53,12 @@ def linear_memory(
     q, k, v, *, retain, erase, rate, state, read, segment_ids, block_size, interpret=False
 ):
     """Arguments checked and filled in; `block_size` is 64."""
+    del block_size
     call = _Call(read, segment_ids, plgpu.InterpretGPUParams() if interpret else False)
-    plain = functools.partial(_plain, read, segment_ids, block_size)
     run = differentiable(
-        functools.partial(_forward, call), functools.partial(_backward, call), plain
+        functools.partial(_forward, call),
+        functools.partial(_backward, call),
+        functools.partial(_guarded, xla.linear_memory, call),
     )
     return run(q, k, v, retain, erase, rate, state)
 
@@ -73,43 +79,59 @@ def refusal(q, k, v, *, block_size, interpret, **_) -> str | None:
     return None
 
 
-def _plain(read, segment_ids, block_size, q, k, v, retain, erase, rate, state):
-    y, state = xla.linear_memory(
-        q, k, v, retain=retain, erase=erase, rate=rate, state=state, read=read,
-        segment_ids=segment_ids, block_size=block_size,
+def _forward(call: _Call, *arrays):
+    y, last, spoiled = _fast_forward(call, *arrays)
+    finite = jnp.all(spoiled == 0) & jnp.all(jnp.isfinite(last))
+    again = lambda: _guarded(_fast, call, *arrays)
+    return jax.lax.cond(finite, lambda: (y, last), again), finite.astype(jnp.float32)
+
+
+def _backward(call: _Call, arrays, finite, cotangent):
+    again = lambda: jax.vjp(functools.partial(_guarded, _fast, call), *arrays)[1](cotangent)
+    return jax.lax.cond(finite > 0, lambda: _fast_backward(call, arrays, cotangent), again)
+
+
+def _guarded(form, call: _Call, q, k, v, retain, erase, rate, state):
+    """Another form, or the kernels, between what takes out what is not finite and its mark."""
+    return guarded(form)(
+        q, k, v, retain=retain, erase=erase, rate=rate, state=state, read=call.read,
+        segment_ids=call.segment_ids, block_size=SIDE,
+        **({"call": call} if form is _fast else {}),
     )  # fmt: skip
-    return y.astype(q.dtype), state
 
 
-def _forward(call: _Call, q, k, v, retain, erase, rate, state):
-    t = q.shape[1]
-    q, k, v, gates = _cut(call, q, k, v, retain, erase, rate)
-    written, taken, scores = prepare(
-        q, k, _stack(*_of_prepare(gates)), read=call.read, inverse=False, interpret=call.interpret
+def _fast(q, k, v, *, retain, erase, rate, state, call, **_):
+    """The kernels, for what is finite."""
+    run = differentiable(
+        lambda *arrays: (_fast_forward(call, *arrays)[:2], ()),
+        lambda arrays, _, cotangent: _fast_backward(call, arrays, cotangent),
+        functools.partial(_guarded, xla.linear_memory, call),
     )
-    y, last = scan(
-        q, k, v, written, taken, scores, _stack(*_of_scan(call.read, gates)), _turn(state),
-        reads=True, **_plan(k, v), interpret=call.interpret,
-    )  # fmt: skip
-    return (y[:, :t], _turn(last).reshape(state.shape)), ()
+    return run(q, k, v, retain, erase, rate, state)
 
 
-def _backward(call: _Call, arrays, kept, cotangent):
-    del kept
+def _fast_forward(call: _Call, q, k, v, retain, erase, rate, state):
+    """y, the state, and for each head and value 0, or NaN where a read was not finite."""
+    t, options = q.shape[1], dict(interpret=call.interpret)
+    q, k, v, gates = _cut(call, q, k, v, retain, erase, rate)
+    of_prepare, of_scan = _of_prepare(gates), _of_scan(call.read, gates)
+    parts = prepare(q, k, _stack(*of_prepare), read=call.read, inverse=False, **options)
+    y, last, spoiled = scan(q, k, v, *parts, _stack(*of_scan), _turn(state), reads=True, **options)
+    return y[:, :t], _turn(last).reshape(state.shape), spoiled
+
+
+def _fast_backward(call: _Call, arrays, cotangent):
+    """The slope of every array."""
     q, k, v, retain, erase, rate, state = arrays
     dy, d_last = cotangent
     t, options = q.shape[1], dict(interpret=call.interpret)
     q, k, v, gates = _cut(call, q, k, v, retain, erase, rate)
-    dy = _fill(dy.astype(q.dtype), 0)
+    dy = _fill(dy, 0)
     of_prepare, of_scan = _of_prepare(gates), _of_scan(call.read, gates)
-    written, taken, scores, inverse = prepare(
-        q, k, _stack(*of_prepare), read=call.read, inverse=True, **options
-    )
-    vectors, plan = _stack(*of_scan), _plan(k, v)
-    u, starts, _ = scan(
-        q, k, v, written, taken, scores, vectors, _turn(state), reads=False, **plan, **options
-    )
-    du, ends, first = reverse(q, k, dy, taken, scores, vectors, _turn(d_last), **plan, **options)
+    vectors = _stack(*of_scan)
+    *parts, inverse = prepare(q, k, _stack(*of_prepare), read=call.read, inverse=True, **options)
+    u, starts, _ = scan(q, k, v, *parts, vectors, _turn(state), reads=False, **options)
+    du, ends, first = reverse(q, k, dy, *parts[1:], vectors, _turn(d_last), **options)
     both = _stack(*of_prepare, *of_scan[:2])
     *tokens, sums = slopes(
         q, k, v, u, dy, du, inverse, starts, ends, both, read=call.read, **options
@@ -117,12 +139,6 @@ def _backward(call: _Call, arrays, kept, cotangent):
     along = lambda x: jnp.moveaxis(x.reshape(*retain.shape[::2], -1), 1, 2)
     answer = [*tokens, *(along(x) for x in _gate_slopes(call.read, gates, sums))]
     return *(x[:, :t] for x in answer), _turn(first).reshape(state.shape)
-
-
-def _plan(k, v) -> dict[str, int]:
-    """Blocks of values in a program, and chunks in flight, by what shared memory holds."""
-    blocks = 2 if v.shape[-1] == 128 and k.shape[0] * k.shape[2] >= PROGRAMS else 1
-    return {"blocks": blocks, "stages": 2 if blocks == 2 and k.shape[-1] == 128 else 3}
 
 
 def _cut(call: _Call, q, k, v, retain, erase, rate):

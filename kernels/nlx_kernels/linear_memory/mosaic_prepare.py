@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the loop over chunks needs of each chunk, as a kernel: one program for a chunk and head.
 
-The inverse X = (I + L)^-1 is built as in `nlx_kernels._solve`, by joining solved blocks, in bfloat16
-on the tensor cores, and then corrected once, X + X (I - (I + L) X), with L in two parts of bfloat16:
-an error of at most 4e-2 (keys of correlation 0.95, erase 1.9) falls below 2e-3, what rounding X costs.
+The inverse X = (I + L)^-1 is built as in `nlx_kernels._solve`, by joining solved blocks, on the
+tensor cores in bfloat16, and then corrected once, X + X (I - (I + L) X), with L in two parts of
+bfloat16: its error, up to 4e-2 for keys of correlation 0.95 and erase 1.9, falls below 2e-3, which
+is what rounding X costs.
 """
+
+import functools
 
 import jax
 import jax.experimental.pallas as pl
@@ -17,6 +20,7 @@ AFTER, BEFORE, ERASE, RATE, START = range(5)  # rows of `gates`
 SQUARE = (SIDE, SIDE)
 
 
+@functools.partial(jax.jit, static_argnames=("read", "inverse", "interpret"))
 def prepare(q, k, gates, *, read, inverse, interpret):
     """X diag(rate), X diag(start), scores, and X if wanted, each [b h, n, 64, 64] bfloat16.
 
@@ -89,6 +93,7 @@ def prepare(q, k, gates, *, read, inverse, interpret):
         ],
         grid=(b * h, n),
         grid_names=("head", "chunk"),
+        kernel_name="linear_memory_prepare",
         interpret=interpret,
     )(q, k, gates)
 

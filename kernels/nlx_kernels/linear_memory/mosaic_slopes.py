@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The slopes of each chunk's tokens and gates, as a kernel: one program for a chunk and head."""
 
+import functools
+
 import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
@@ -22,6 +24,7 @@ READ, KEPT = 5, 6  # rows of `gates` after those of `prepare`
 D_RATE, D_ERASE, D_RETAIN, D_READ, D_START, D_KEPT, D_CARRY = range(7)
 
 
+@functools.partial(jax.jit, static_argnames=("read", "interpret"))
 def slopes(q, k, v, u, dy, du, inverse, starts, ends, gates, *, read, interpret):
     """dq, dk, dv, and slopes of the gates [b h, n, 7, 64] float32.
 
@@ -30,7 +33,8 @@ def slopes(q, k, v, u, dy, du, inverse, starts, ends, gates, *, read, interpret)
 
         dR = X^T dU     dL = -dR U^T     dP = dY U^T     dV = diag(rate) dR
         dQ = diag(read) dY S^T + (dP D) K
-        dK = diag(kept) U dS'^T - diag(start) dR S^T + (dP D)^T Q + (G + G^T) K,   G = dL diag(erase) E
+        dK = diag(kept) U dS'^T - diag(start) dR S^T + (dP D)^T Q + (G + G^T) K
+        G  = dL diag(erase) E
 
     Args:
       q, k: [b, t, h, k] bfloat16.
@@ -140,5 +144,6 @@ def slopes(q, k, v, u, dy, du, inverse, starts, ends, gates, *, read, interpret)
         ],
         grid=(b * h, n),
         grid_names=("head", "chunk"),
+        kernel_name="linear_memory_slopes",
         interpret=interpret,
     )(q, k, v, u, dy, du, inverse, starts, ends, gates)
