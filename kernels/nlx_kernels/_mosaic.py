@@ -119,7 +119,7 @@ def stream(n: int, stages: int, fetch: Callable[[Any, Any], None], free) -> None
     for i in range(stages):
         fetch(i, i)
 
-    @pl.loop(0, n - stages)
+    @pl.loop(jnp.int32(0), jnp.int32(n - stages))
     def _(i):
         slot = jax.lax.rem(i, jnp.int32(stages))
         plgpu.barrier_wait(free.at[slot])

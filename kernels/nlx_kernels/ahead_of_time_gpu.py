@@ -83,7 +83,14 @@ def gpu_mesh(target: str) -> Mesh:
             f"ahead_of_time_gpu: target is {target!r}; it must be one of {', '.join(known)}."
         )
     text = (TARGETS / f"{target}.txtpb").read_text()
-    topology = topologies.get_topology_desc(platform="cuda", target_config=text, topology="1x1x1")
+    try:
+        topology = topologies.get_topology_desc(
+            platform="cuda", target_config=text, topology="1x1x1"
+        )
+    except NotImplementedError:  # jax looked for a GPU, found none, and dropped the compiler too
+        raise RuntimeError(
+            "ahead_of_time_gpu: JAX_PLATFORMS is not set; without a GPU it must be cpu."
+        ) from None
     return topologies.make_mesh(topology, (1,), ("device",))
 
 

@@ -179,7 +179,7 @@ def _gate_slopes(read: str, gates: _Gates, sums):
     d_rate, d_erase, d_retain, d_read, d_start, d_kept, d_carry = jnp.moveaxis(sums, -2, 0)
     d_carry = jnp.sum(d_carry, -1, keepdims=True)
     start, last = jnp.exp2(gates.before), gates.retain[..., -1:]
-    lower = jnp.tri(SIDE, k=-1, dtype=bool)
+    lower = jnp.tri(SIDE, k=-1, dtype=bool)[None, None]
     between = jnp.where(
         lower, jnp.exp2(jnp.minimum(gates.before[..., None] - gates.after[..., None, :], 0)), 0
     )

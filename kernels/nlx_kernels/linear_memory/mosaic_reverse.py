@@ -100,7 +100,7 @@ def reverse(q, k, dy, taken, scores, gates, slope, *, interpret):
         @pl.when(part == 0)
         def _compute():
             ds = plgpu.load(slope.at[head, own], layout=MATRIX, optimized=False)
-            first[head, own] = jax.lax.fori_loop(0, n, chunk, ds)
+            first[head, own] = jax.lax.fori_loop(jnp.int32(0), jnp.int32(n), chunk, ds)
             plgpu.wait_smem_to_gmem(0)
 
     ring = functools.partial(tiles, stages)

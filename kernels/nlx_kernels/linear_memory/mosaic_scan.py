@@ -117,7 +117,7 @@ def scan(q, k, v, written, taken, scores, gates, state, *, reads, interpret):
             clean = plgpu.layout_cast(
                 jnp.zeros(SQUARE if reads else (SIDE, 8), jnp.float32), MATRIX
             )
-            s, spoiled = jax.lax.fori_loop(0, n, chunk, (s, clean))
+            s, spoiled = jax.lax.fori_loop(jnp.int32(0), jnp.int32(n), chunk, (s, clean))
             last[head, own] = s
             if reads:
                 other[head, own] = spoiled.sum(axis=1)
