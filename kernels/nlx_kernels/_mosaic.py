@@ -5,6 +5,7 @@ A warpgroup holds a matrix [64 m, n] in its registers. The left operand of a pro
 the right one lies in shared memory, where 16-bit matrices may be read transposed.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +21,17 @@ MATRIX = plgpu.Layout.WGMMA
 TRANSPOSED = plgpu.Layout.WGMMA_TRANSPOSED
 PER_ROW = plgpu.Layout.WGMMA.reduce(1)
 PER_COLUMN = plgpu.Layout.WGMMA.reduce(0)
+
+
+def narrow(run: Callable[..., Any]) -> Callable[..., Any]:
+    """Traces without 64-bit numbers, which a kernel has no use for and the interpreter confuses."""
+
+    @functools.wraps(run)
+    def call(*arguments, **options):
+        with jax.enable_x64(False):
+            return run(*arguments, **options)
+
+    return call
 
 
 def tiles(*shape: int, dtype=jnp.bfloat16):

@@ -14,12 +14,23 @@ import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 
-from nlx_kernels._mosaic import MATRIX, PER_COLUMN, PER_ROW, SIDE, Products, columns, rows, tiles
+from nlx_kernels._mosaic import (
+    MATRIX,
+    PER_COLUMN,
+    PER_ROW,
+    SIDE,
+    Products,
+    columns,
+    narrow,
+    rows,
+    tiles,
+)
 
 AFTER, BEFORE, ERASE, RATE, START = range(5)  # rows of `gates`
 SQUARE = (SIDE, SIDE)
 
 
+@narrow
 @functools.partial(jax.jit, static_argnames=("read", "inverse", "interpret"))
 def prepare(q, k, gates, *, read, inverse, interpret):
     """X diag(rate), X diag(start), scores, and X if wanted, each [b h, n, 64, 64] bfloat16.

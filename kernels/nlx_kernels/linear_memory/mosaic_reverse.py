@@ -15,6 +15,7 @@ from nlx_kernels._mosaic import (
     TRANSPOSED,
     Products,
     columns,
+    narrow,
     store_transposed,
     stream,
     tiles,
@@ -22,6 +23,7 @@ from nlx_kernels._mosaic import (
 from nlx_kernels.linear_memory.mosaic_scan import CARRY, KEPT, READ, SQUARE, STAGES
 
 
+@narrow
 @functools.partial(jax.jit, static_argnames=("interpret",))
 def reverse(q, k, dy, taken, scores, gates, slope, *, interpret):
     """dU [b, t, h, v], dS^T after every chunk [b h, n, v, k], dS^T before the first, float32.

@@ -19,6 +19,7 @@ from nlx_kernels._mosaic import (
     SIDE,
     Products,
     columns,
+    narrow,
     store_transposed,
     stream,
     tiles,
@@ -29,6 +30,7 @@ STAGES = 3  # chunks in flight: 195 of 227 KiB of shared memory with 128 channel
 SQUARE = (SIDE, SIDE)
 
 
+@narrow
 @functools.partial(jax.jit, static_argnames=("reads", "interpret"))
 def scan(q, k, v, written, taken, scores, gates, state, *, reads, interpret):
     """Y, S after the last chunk, and 0 or NaN per value (reads=True); or U, S before, S after.

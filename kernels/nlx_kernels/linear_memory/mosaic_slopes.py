@@ -8,7 +8,17 @@ import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 
-from nlx_kernels._mosaic import MATRIX, PER_COLUMN, PER_ROW, SIDE, Products, columns, rows, tiles
+from nlx_kernels._mosaic import (
+    MATRIX,
+    PER_COLUMN,
+    PER_ROW,
+    SIDE,
+    Products,
+    columns,
+    narrow,
+    rows,
+    tiles,
+)
 from nlx_kernels.linear_memory.mosaic_prepare import (
     AFTER,
     BEFORE,
@@ -24,6 +34,7 @@ READ, KEPT = 5, 6  # rows of `gates` after those of `prepare`
 D_RATE, D_ERASE, D_RETAIN, D_READ, D_START, D_KEPT, D_CARRY = range(7)
 
 
+@narrow
 @functools.partial(jax.jit, static_argnames=("read", "interpret"))
 def slopes(q, k, v, u, dy, du, inverse, starts, ends, gates, *, read, interpret):
     """dq, dk, dv, and slopes of the gates [b h, n, 7, 64] float32.
