@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """linear_memory's kernels on a Hopper GPU: right? and how fast beside FLA's Triton kernels?
 
-command    python -m nlx_experiments.bench_fla [FOLDER]
+command    python -m nlx_experiments.bench_fla [FOLDER [check] [ours] [fla] [others]]
 shows      how far reads, state and every slope are from the token loop in float32; then the
            milliseconds of both, forward and with the backward pass, on shapes of `nlx bench`;
            then ops whose form is XLA's. JSON in FOLDER.
 measures   both in one process: many calls under way at once; FLA by CUDA events, ours by the clock
            around them. FLA's rule is Gated DeltaNet's on the same shapes, its final state asked for
 expects    distances below 1e-2 for reads and 2e-2 for slopes, 3e-2 and 5e-2 for correlated keys
-takes      about 4 minutes on an H100, most of them to compile
+takes      on an H100, mostly to compile: check, ours and others 1 minute each, fla 3, alone on the
+           machine: Triton tunes for each shape
 needs      torch, triton, fla-core==0.6.0. Triton 3.4 to 3.7.0 miscompiles one of FLA's backward
            kernels on Hopper, so FLA refuses it: there it is timed all the same, marked "refused"
 """
@@ -19,8 +20,9 @@ import pathlib
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch wants memory as well
 
@@ -32,6 +34,7 @@ from nlx_kernels.linear_memory.shapes import BENCH
 
 from nlx_experiments import bench_ops
 
+PARTS = ("check", "ours", "fla", "others")
 SHAPES = ("many-heads", "batch", "short")
 CASES = [
     (read, segments, correlation)
@@ -96,8 +99,8 @@ def check(implementation: str, read: Any, segments: bool):
     return compile_
 
 
-def fla_runs():
-    """FLA's gated delta rule by shape and pass, each (run, mark), and how to time one."""
+def fla_times(name: str) -> dict[str, Any]:
+    """Milliseconds of FLA's gated delta rule on a shape, by pass; a mark where FLA refuses."""
     import torch  # pyright: ignore[reportMissingImports]
     from fla.ops.common import chunk_o  # pyright: ignore[reportMissingImports]
     from fla.ops.gated_delta_rule import (  # pyright: ignore[reportMissingImports]
@@ -105,36 +108,30 @@ def fla_runs():
     )
 
     refused = chunk_o.TRITON_ABOVE_3_4_0 and not chunk_o.TRITON_ABOVE_3_7_1
-    chunk_o.TRITON_ABOVE_3_7_1 = True
-    found: dict[tuple[str, str], tuple[Any, str]] = {}
-    for name in SHAPES:
-        b, t, h, d, _, _ = BENCH[name]
-        random = lambda *shape: torch.randn(*shape, device="cuda")
-        unit = lambda x: torch.nn.functional.normalize(x, dim=-1).bfloat16()
-        q, k = unit(random(b, t, h, d)), unit(random(b, t, h, d))
-        v, do = random(b, t, h, d).bfloat16(), random(b, t, h, d).bfloat16()
-        g, beta = torch.log(0.9 + 0.1 * torch.rand_like(random(b, t, h))), random(b, t, h).sigmoid()
-        leaves = [x.requires_grad_() for x in (q, k, v, g, beta.bfloat16())]
+    chunk_o.TRITON_ABOVE_3_7_1 = True  # its time is right, its numbers may not be
+    b, t, h, d, _, _ = BENCH[name]
+    random = lambda *shape: torch.randn(*shape, device="cuda")
+    unit = lambda x: torch.nn.functional.normalize(x, dim=-1).bfloat16()
+    q, k = unit(random(b, t, h, d)), unit(random(b, t, h, d))
+    v, do = random(b, t, h, d).bfloat16(), random(b, t, h, d).bfloat16()
+    g = torch.log(0.9 + 0.1 * torch.rand(b, t, h, device="cuda"))
+    beta = random(b, t, h).sigmoid().bfloat16()
+    leaves = [x.requires_grad_() for x in (q, k, v, g, beta)]
 
-        def forward(leaves=leaves):
-            q, k, v, g, beta = leaves
-            return chunk_gated_delta_rule(q, k, v, g=g, beta=beta, output_final_state=True)[0]
+    def forward():
+        return chunk_gated_delta_rule(q, k, v, g=g, beta=beta, output_final_state=True)[0]
 
-        def alone(forward=forward):
-            with torch.no_grad():
-                forward()
+    def alone():
+        with torch.no_grad():
+            forward()
 
-        def both(forward=forward, leaves=leaves, do=do):
-            forward().backward(do)
-            for leaf in leaves:
-                leaf.grad = None
-
-        for which, run in zip(bench_ops.PASSES, (alone, both), strict=True):
-            run()  # compiles and tunes
-            note("FLA is ready for", name, which)
-            found[name, which] = run, "refused" if refused and run is both else ""
+    def both():
+        forward().backward(do)
+        for leaf in leaves:
+            leaf.grad = None
 
     def median(run, calls: int = 20) -> float:
+        run()  # compiles and tunes
         times = []
         for _ in range(5):
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -146,78 +143,101 @@ def fla_runs():
             times.append(begin.elapsed_time(end) / calls)
         return statistics.median(times)
 
-    return found, median
+    found = {which: median(run) for which, run in zip(bench_ops.PASSES, (alone, both), strict=True)}
+    return {**found, "refused": refused}
 
 
-def main(folder: pathlib.Path) -> None:
-    """Compiles everything at once, then checks, then times."""
-    device = jax.devices()[0]
-    if device.platform != "gpu":
-        raise SystemExit("bench_fla: there is no GPU; it must be run beside one.")
-    result: dict[str, Any] = {"device": device.device_kind, "jax": jax.__version__}
-    save = lambda: (folder / "bench_fla.json").write_text(json.dumps(result, indent=1) + "\n")
+class Job(NamedTuple):
+    """One line to time: an op, a shape, a pass, what compiles it."""
+
+    op: str
+    shape: str
+    which: str
+    workload: bench_ops.Workload
+    compile_: Callable[[], Any]
+
+
+def jobs(lines: list[tuple[str, str]]) -> list[Job]:
+    """Both passes of every line."""
     known = bench_ops.workloads()
     known["mlp_memory"] |= {
         f"{n}-chunk-2048": bench_ops.mlp(bench_ops.of_mlp.BENCH[n]._replace(chunk_size=2048))
         for n in ("long", "wide")
     }
-    lines = [("linear_memory", name) for name in SHAPES] + OTHERS
-    jobs: dict[Any, Any] = {}
-    given, ids = case(0.0)
-    wide = lambda given: {n: x.astype(jnp.float32) for n, x in given.items()}
-    for kind in dict.fromkeys(c[:2] for c in CASES):
-        jobs["kernel", *kind] = lambda kind=kind: check("mosaic_gpu", *kind)(given, ids)
-        jobs["reference", *kind] = lambda kind=kind: check("reference", *kind)(wide(given), ids)
-    for op, name in lines:
-        workload = known[op][name]
+    found = []
+    for op, shape in lines:
+        workload = known[op][shape]
         arguments = jax.eval_shape(workload.make)
         y = jax.eval_shape(lambda a, w=workload: w.call(a, "xla"), arguments)
-        implementation = "mosaic_gpu" if op == "linear_memory" else "xla"
-        for which, run in bench_ops.passes(workload, implementation).items():
-            a = (arguments,) if which == bench_ops.PASSES[0] else (arguments, y)
-            jobs[op, name, which] = lambda run=run, a=a: run.lower(*a).compile()
-    with ThreadPoolExecutor(12) as pool:
-        compiled = {name: pool.submit(job) for name, job in jobs.items()}
-        rivals: dict[Any, Any] = {}
+        form = "mosaic_gpu" if op == "linear_memory" else "xla"
+        for which, run in bench_ops.passes(workload, form).items():
+            given = (arguments,) if which == bench_ops.PASSES[0] else (arguments, y)
+            compile_ = lambda run=run, given=given: run.lower(*given).compile()
+            found.append(Job(op, shape, which, workload, compile_))
+    return found
+
+
+def main(folder: pathlib.Path, parts: list[str]) -> None:
+    """Does the parts one after another, and keeps what is done of each."""
+    device = jax.devices()[0]
+    if device.platform != "gpu":
+        raise SystemExit("bench_fla: there is no GPU; it must be run beside one.")
+    if unknown := [part for part in parts if part not in PARTS]:
+        raise SystemExit(f"bench_fla: there is no part {unknown[0]!r}; there are {PARTS}.")
+    result: dict[str, Any] = {"device": device.device_kind, "jax": jax.__version__}
+
+    def keep(**more: Any) -> None:
+        note(more)
+        for name, value in more.items():
+            result.setdefault(name, []).append(value)
+        (folder / "bench_fla.json").write_text(json.dumps(result, indent=1) + "\n")
+
+    if "check" in parts:
+        checked(keep)
+    if {"ours", "others"} & set(parts):
+        best = bench_ops.ceilings()
+        keep(ceilings=best)
+        lines = [("linear_memory", name) for name in SHAPES] if "ours" in parts else []
+        timed(jobs(lines + (OTHERS if "others" in parts else [])), best, keep)
+    for name in SHAPES if "fla" in parts else ():
         try:
-            rivals, median = fla_runs()
+            keep(fla={"shape": name, **fla_times(name)})
         except Exception as error:  # what FLA says is a result, too
-            note("FLA:", result.setdefault("FLA", repr(error)[:500]))
-    note("compiled")
-    result["distances"] = {}
+            keep(fla={"shape": name, "error": repr(error)[:500]})
+
+
+def checked(keep: Callable[..., None]) -> None:
+    """Distances of the kernels from the reference."""
+    wide = lambda given: {n: x.astype(jnp.float32) for n, x in given.items()}
+    given, ids = case(0.0)
+    compiled = {}
+    with ThreadPoolExecutor() as pool:
+        for kind in dict.fromkeys(c[:2] for c in CASES):
+            for form, a in (("mosaic_gpu", given), ("reference", wide(given))):
+                compiled[form, kind] = pool.submit(check(form, *kind), a, ids)
     for read, segments, correlation in CASES:
         given, ids = case(correlation)
-        got = compiled["kernel", read, segments].result()(given, ids)
-        want = compiled["reference", read, segments].result()(wide(given), ids)
+        got = compiled["mosaic_gpu", (read, segments)].result()(given, ids)
+        want = compiled["reference", (read, segments)].result()(wide(given), ids)
         far = {n: _distance(got[n], want[n]) for n in want}
-        result["distances"][f"{read}, {segments=}, {correlation=}"] = far
-        note(read, segments, correlation, {n: f"{x:.1e}" for n, x in far.items()})
-    result["ceilings"] = best = bench_ops.ceilings()
-    result["lines"] = []
-    for op, name in lines:
-        workload = known[op][name]
+        keep(distances={"read": read, "segments": segments, "correlation": correlation} | far)
+
+
+def timed(todo: list[Job], best: dict[str, float], keep: Callable[..., None]) -> None:
+    """Times every job; all compile at once."""
+    with ThreadPoolExecutor() as pool:
+        compiled = [pool.submit(job.compile_) for job in todo]
+    for job, run in zip(todo, compiled, strict=True):
+        line: dict[str, Any] = {"op": job.op, "shape": job.shape, "pass": job.which}
         try:
-            arguments = jax.block_until_ready(workload.make())
-        except Exception as error:
-            note(op, name, repr(error)[:300])
-            continue
-        for which in bench_ops.PASSES:
-            try:
-                run = compiled[op, name, which].result()
-                shape = jax.eval_shape(lambda a, w=workload: w.call(a, "xla"), arguments)
-                slope = jax.random.normal(jax.random.key(1), shape.shape, shape.dtype)
-                a = (arguments,) if which == bench_ops.PASSES[0] else (arguments, slope)
-                times = bench_ops.milliseconds(run, *a)
-                line = {"op": op, "shape": name, "pass": which, "ms": statistics.median(times)}
-                line |= bench_ops.rates(workload, which, line["ms"], best)
-                if op == "linear_memory" and (name, which) in rivals:
-                    rival, mark = rivals[name, which]
-                    line |= {"FLA ms": median(rival), "FLA": mark}
-                result["lines"].append(line)
-                note({n: f"{x:.4g}" if isinstance(x, float) else x for n, x in line.items()})
-            except Exception as error:
-                note(op, name, which, repr(error)[:300])
-            save()
+            arguments = job.workload.make()
+            y = jax.eval_shape(lambda a, w=job.workload: w.call(a, "xla"), arguments)
+            slope = jax.random.normal(jax.random.key(1), y.shape, y.dtype)
+            given = (arguments,) if job.which == bench_ops.PASSES[0] else (arguments, slope)
+            line["ms"] = statistics.median(bench_ops.milliseconds(run.result(), *given))
+            keep(lines=line | bench_ops.rates(job.workload, job.which, line["ms"], best))
+        except Exception as error:  # one that does not fit in memory, say
+            keep(lines=line | {"error": repr(error)[:300]})
 
 
 def _distance(x: Any, y: Any) -> float:
@@ -226,4 +246,4 @@ def _distance(x: Any, y: Any) -> float:
 
 
 if __name__ == "__main__":
-    main(pathlib.Path(sys.argv[1] if len(sys.argv) > 1 else "."))
+    main(pathlib.Path(sys.argv[1] if len(sys.argv) > 1 else "."), sys.argv[2:] or list(PARTS))

@@ -5,7 +5,7 @@ Floating-point operations count a multiplication and an addition as two, and are
 in blocks of 64 tokens; bytes are those of every token read and written once. With P weights in a
 memory, k and v channels, 2 bytes a number:
 
-    linear_memory          6 k v + 512 (k + v), backward 16 k v + 768 (k + v)
+    linear_memory          6 k v + 256 (k + v), backward 16 k v + 768 (k + v)
     mlp_memory             7 P, backward twice that: K forward 2, its slope 1, dW 2, Q forward 2
     self_modifying_memory  9 P for each of five boxes, which make a value as well; backward twice
     cms_chain              2 P, backward twice that
@@ -80,7 +80,7 @@ def linear(shape: of_linear.Shape) -> Workload:
             **arguments, block_size=block_size, implementation=implementation
         )[0]
 
-    flops = 6 * k * v + 512 * (k + v), 22 * k * v + 1280 * (k + v)
+    flops = 6 * k * v + 256 * (k + v), 22 * k * v + 1024 * (k + v)
     return Workload(make, call, b * t * h, Cost(flops, (4 * (k + v), 12 * k + 10 * v)))
 
 

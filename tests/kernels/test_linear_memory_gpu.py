@@ -57,8 +57,7 @@ def test_kernels_are_the_reference(shape, correlation, read, values, grads, draw
     given = tokens(draw, shape, correlation)
     if correlation < 1:
         given["segment_ids"] = draw.segments(shape.b, shape.t, share=0.05)
-    with jax.enable_x64(shape.t == 1):  # changes nothing
-        outputs, slopes = gradients(lambda given: interpreted(**given, read=read))(given)
+    outputs, slopes = gradients(lambda given: interpreted(**given, read=read))(given)
     assert [x.dtype for x in outputs] == [jnp.bfloat16, jnp.float32]
     want = exact(gradients, given, read)
     agree(outputs, want[0], values)
@@ -71,7 +70,8 @@ def test_what_is_not_finite_stays_in_its_segment(draw, agree):
     want = interpreted(**given)
     y, state = interpreted(**given | dict(k=given["k"].at[0, 20, 0, 3].set(jnp.inf)))
     assert jnp.all(jnp.isnan(y[:, 20:30]))
-    agree((y[:, :20], y[:, 30:], state), (want[0][:, :20], want[0][:, 30:], want[1]), 0)
+    agree(y[:, :20], want[0][:, :20], 0)
+    agree((y[:, 30:], state), (want[0][:, 30:], want[1]), 1e-2)  # token 20 is a reset more
 
 
 # What is refused

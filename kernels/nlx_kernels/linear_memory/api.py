@@ -54,7 +54,8 @@ def linear_memory(
       segment_ids: where the id differs from the previous token's, the memory is emptied first;
         the first token goes on from `state`.
       block_size: tokens computed together; changes speed only. None: 64.
-      implementation: None chooses; a name is obeyed or refused.
+      implementation: None chooses: a kernel where the device has one and it takes the call, else
+        "xla"; a name is obeyed or refused.
       interpret: run a kernel on the CPU.
 
     Returns:

@@ -69,26 +69,11 @@ def slopes(q, k, v, u, dy, du, inverse, starts, ends, gates, *, read, interpret)
         head, i = jax.lax.axis_index("head"), jax.lax.axis_index("chunk")
         row, column = jax.lax.div(head, jnp.int32(h)), jax.lax.rem(head, jnp.int32(h))
         tokens = pl.ds(i * SIDE, SIDE)
-        of_token, of_chunk = (row, tokens, column), (head, i)
-        copies = [
-            (gates, gates_s, of_chunk),
-            (dy, dy_s, of_token),
-            (u, u_s, of_token),
-            (q, q_s, of_token),
-            (k, k_s, of_token),
-            (starts, s_s, of_chunk),
-            (inverse, x_s, of_chunk),
-            (du, du_s, of_token),
-            (v, v_s, of_token),
-            (ends, ds_s, of_chunk),
-        ]
-        for number, (source, target, where) in enumerate(copies):
-            plgpu.copy_gmem_to_smem(source.at[where], target, ready.at[number])
-
-        def await_(*targets):  # what is needed next; the rest still comes in meanwhile
-            for number, (_, target, _) in enumerate(copies):
-                if any(target is other for other in targets):
-                    plgpu.barrier_wait(ready.at[number])
+        for source, target in [(q, q_s), (k, k_s), (v, v_s), (u, u_s), (dy, dy_s), (du, du_s)]:
+            plgpu.copy_gmem_to_smem(source.at[row, tokens, column], target, ready)
+        for source, target in [(inverse, x_s), (starts, s_s), (ends, ds_s), (gates, gates_s)]:
+            plgpu.copy_gmem_to_smem(source.at[head, i], target, ready)
+        plgpu.barrier_wait(ready)
 
         down = lambda which, shape=SQUARE: rows(
             plgpu.load(gates_s.at[which], layout=PER_ROW, optimized=False), shape
@@ -97,14 +82,12 @@ def slopes(q, k, v, u, dy, du, inverse, starts, ends, gates, *, read, interpret)
             plgpu.load(gates_s.at[which], layout=PER_COLUMN, optimized=False), SQUARE
         )
         matrix = lambda ref: plgpu.load(ref, layout=MATRIX).astype(jnp.float32)
-        await_(gates_s)
         lower, upper, diagonal, _ = masks()
         power = lambda exponent, where: jnp.where(where, jnp.exp2(jnp.minimum(exponent, 0.0)), 0.0)
         since = across(AFTER)
         before = power(down(BEFORE) - since, lower)
 
         # Q, and the gates of its scores
-        await_(dy_s, u_s, q_s, k_s)
         dp = cores.product((dy_s, u_s.T))
         decayed = jnp.where(lower, dp * cores.product((q_s, k_s.T)), 0.0)
         if read == "after_write":
@@ -113,13 +96,11 @@ def slopes(q, k, v, u, dy, du, inverse, starts, ends, gates, *, read, interpret)
         else:
             decay, decayed_before = before, decayed
         put(a_s, low(dp * decay))
-        await_(s_s)
         y = cores.product((dy_s, s_s), shape=(SIDE, width))
         sums_s[D_READ] = total(y * matrix(q_s))
         o_s[...] = low(cores.add(y * down(READ, (SIDE, width)), (a_s, k_s)))
 
         # V, and its gate
-        await_(x_s, du_s, v_s)
         dr = cores.product((x_s.T, du_s), shape=(SIDE, dv))
         sums_s[D_RATE] = total(dr * matrix(v_s))
         v_s[...] = low(dr * down(RATE, (SIDE, dv)))
@@ -139,7 +120,6 @@ def slopes(q, k, v, u, dy, du, inverse, starts, ends, gates, *, read, interpret)
 
         # K, and the gates of the state
         erased = cores.product((dr, s_s), shape=(SIDE, width))
-        await_(ds_s)
         kept = cores.product((u_s, ds_s), shape=(SIDE, width))
         sums_s[D_START] = -total(erased * matrix(k_s))
         sums_s[D_KEPT] = total(kept * matrix(k_s))
@@ -171,7 +151,7 @@ def slopes(q, k, v, u, dy, du, inverse, starts, ends, gates, *, read, interpret)
             tiles(SIDE, width),
             plgpu.SMEM((7, SIDE), jnp.float32),
             plgpu.SMEM((7, SIDE), jnp.float32),
-            plgpu.Barrier(num_barriers=10),
+            plgpu.Barrier(num_arrivals=10),
         ],
         grid=(b * h, n),
         grid_names=("head", "chunk"),
