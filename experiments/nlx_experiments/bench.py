@@ -18,6 +18,7 @@ from typing import Any
 
 import jax
 import matplotlib.pyplot as plt
+from nlx_kernels import Implementation
 
 from nlx_experiments import bench_ops, report, runs
 from nlx_experiments.console import say
@@ -42,7 +43,7 @@ class Bench:
 
     ops: tuple[str, ...] = ()
     shapes: tuple[str, ...] = ()
-    implementations: tuple[str, ...] = ()
+    implementations: tuple[Implementation, ...] = ()
     ahead_of_time: str | None = None
     out: pathlib.Path = pathlib.Path("runs/bench")
     record: bool = False

@@ -75,7 +75,7 @@ def case(correlation: float, b: int = 2, t: int = 1000, h: int = 4, d: int = 128
     return {n: jnp.asarray(x) for n, x in (given | {"state": normal(b, h, d, d)}).items()}, ids
 
 
-def check(implementation: str, read: Any, segments: bool):
+def check(implementation: Any, read: Any, segments: bool):
     """(arguments, segment ids) -> reads, state, and slopes of a fixed weighting of both."""
 
     def weighed(given, ids):

@@ -24,6 +24,7 @@ from nlx_kernels.linear_memory import shapes as of_linear
 from nlx_kernels.mlp_memory import shapes as of_mlp
 from nlx_kernels.self_modifying_memory import shapes as of_hope
 
+Form = nlx_kernels.Implementation | None
 BOXES = ("key", "value", "rate", "retain", "memory")
 PASSES = ("forward", "forward+backward")
 
@@ -46,7 +47,7 @@ class Workload(NamedTuple):
     """
 
     make: Callable[[], dict[str, Any]]
-    call: Callable[[dict[str, Any], str | None], jax.Array]
+    call: Callable[[dict[str, Any], Form], jax.Array]
     tokens: int
     cost: Cost
 
@@ -75,7 +76,7 @@ def linear(shape: of_linear.Shape) -> Workload:
             | draw.gates(("retain",), 0.9, b, t, h)
         )
 
-    def call(arguments: dict[str, Any], implementation: str | None) -> jax.Array:
+    def call(arguments: dict[str, Any], implementation: Form) -> jax.Array:
         return nlx_kernels.linear_memory(
             **arguments, block_size=block_size, implementation=implementation
         )[0]
@@ -96,7 +97,7 @@ def mlp(shape: of_mlp.Shape) -> Workload:
         rate = {"rate": 0.01 * draw.gates(("rate",), 0.0, b, t, h)["rate"]}
         return named | gates | rate | {"weights": weights}
 
-    def call(arguments: dict[str, Any], implementation: str | None) -> jax.Array:
+    def call(arguments: dict[str, Any], implementation: Form) -> jax.Array:
         return nlx_kernels.mlp_memory(
             **arguments, chunk_size=chunk_size, implementation=implementation
         )[0]
@@ -122,7 +123,7 @@ def hope(shape: of_hope.Shape) -> Workload:
         )
         return {"x": draw.unit(b, t, h, d), "q": draw.unit(b, t, h, d), "parameters": parameters}
 
-    def call(arguments: dict[str, Any], implementation: str | None) -> jax.Array:
+    def call(arguments: dict[str, Any], implementation: Form) -> jax.Array:
         return nlx_kernels.self_modifying_memory(
             **arguments,
             chunk_size=chunk_size,
@@ -152,14 +153,14 @@ def chain(shape: of_chain.Shape) -> Workload:
         )
         return {"x": draw.low(b, t, d), "weights": blocks}
 
-    def call(arguments: dict[str, Any], implementation: str | None) -> jax.Array:
+    def call(arguments: dict[str, Any], implementation: Form) -> jax.Array:
         return nlx_kernels.cms_chain(**arguments, implementation=implementation)
 
     count = (3 if gated else 2) * d * sum(hidden)
     return Workload(make, call, b * t, Cost((2 * count, 6 * count), (4 * d, 10 * d)))
 
 
-def passes(workload: Workload, implementation: str | None) -> dict[str, Callable[..., Any]]:
+def passes(workload: Workload, implementation: Form) -> dict[str, Callable[..., Any]]:
     """Of arguments: y; and of arguments and y's slope: y and the slope of every argument."""
     forward = lambda arguments: workload.call(arguments, implementation)
 
