@@ -14,6 +14,11 @@ os.environ["XLA_FLAGS"] = (
     + " --xla_cpu_parallel_codegen_split_count=1"
 )
 
+# The interpreter of Mosaic kernels blocks threads that it needs itself: two are too few. And the
+# compilers of absent devices must not be taken for devices.
+os.environ.setdefault("NPROC", "16")
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
 import hypothesis
 import jax
 import pytest

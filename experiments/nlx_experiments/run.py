@@ -5,6 +5,7 @@
     nlx generate RUN --prompt TEXT
     nlx inspect PRESET|OPTIMIZER|RUN [--text FILE]
     nlx run EXPERIMENT
+    nlx bench [--ops OP ...] [--ahead-of-time h200]
 
 Bad input gets one sentence and exit code 2; a run stopped by SIGINT or SIGTERM is saved and exits
 with 130 or 143, as shells and schedulers expect, one whose output is read no more with 141; what
@@ -74,11 +75,19 @@ def experiment(argv: list[str]) -> None:
     main(_parse(options, argv[1:], f"nlx run {name}"))
 
 
+def bench(argv: list[str]) -> None:
+    """Times the ops, or compiles them for a GPU that is not there."""
+    from nlx_experiments import bench as benchmark
+
+    benchmark.main(_parse(benchmark.Bench, argv, "nlx bench"))
+
+
 COMMANDS: Mapping[str, Command] = {
     "train": train,
     "generate": generate,
     "inspect": inspect,
     "run": experiment,
+    "bench": bench,
 }
 
 

@@ -8,13 +8,14 @@ from jaxtyping import Array, Float, Int
 
 from nlx_kernels._checks import Checker
 from nlx_kernels._dispatch import Implementation, Kernel, choose
-from nlx_kernels._finite import quarantine
-from nlx_kernels.linear_memory import pallas_tpu, reference, xla
+from nlx_kernels.linear_memory import mosaic_gpu, pallas_tpu, reference, xla
+from nlx_kernels.linear_memory.finite import guarded
 
 OFFERED = {
-    "xla": xla.linear_memory,
-    "reference": reference.linear_memory,
-    "pallas_tpu": Kernel(pallas_tpu.linear_memory, pallas_tpu.refusal),
+    "xla": guarded(xla.linear_memory),
+    "reference": guarded(reference.linear_memory),
+    "pallas_tpu": Kernel(guarded(pallas_tpu.linear_memory), pallas_tpu.refusal),
+    "mosaic_gpu": Kernel(mosaic_gpu.linear_memory, mosaic_gpu.refusal),
 }
 
 
@@ -54,7 +55,8 @@ def linear_memory(
       segment_ids: where the id differs from the previous token's, the memory is emptied first;
         the first token goes on from `state`.
       block_size: tokens computed together; changes speed only. None: 64.
-      implementation: None chooses: "pallas_tpu" on a TPU, else "xla"; a name is obeyed or refused.
+      implementation: None chooses: a kernel where the device has one and it takes the call, else
+        "xla"; a name is obeyed or refused.
       interpret: run a kernel on the CPU.
 
     Returns:
@@ -81,9 +83,7 @@ def linear_memory(
     if state is None:
         state = jnp.zeros([check.sizes[axis] for axis in "bhkv"], check.accumulator())
     state = check.state("state", state, "b h k v")
-    written = {"k": k, "v": v, "retain": retain, "erase": erase, "rate": rate}
-    q, written, state, mark = quarantine(q, written, state, segment_ids)
-    y, new_state = run(
-        q, **written, state=state, read=read, segment_ids=segment_ids, block_size=block
-    )
-    return mark(y.astype(q.dtype), new_state)
+    return run(
+        q, k, v, retain=retain, erase=erase, rate=rate, state=state, read=read,
+        segment_ids=segment_ids, block_size=block,
+    )  # fmt: skip

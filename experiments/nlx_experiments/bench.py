@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`nlx bench`: every op, implementation and shape against what the device reaches at best.
+
+command    nlx bench [--ops linear_memory ...] [--shapes batch ...] [--implementations xla ...]
+           nlx bench --ahead-of-time h200     compiles instead, for a GPU that is not there
+shows      median milliseconds, nanoseconds a token and head, TFLOP/s and GB/s by the formulas of
+           `bench_ops`, and their share of a measured matrix product and a measured copy; ahead of
+           time: seconds to compile, memory, registers, bytes spilled
+takes      some seconds for each line, most of them to compile
+"""
+
+import dataclasses
+import json
+import pathlib
+import statistics
+import time
+from typing import Any
+
+import jax
+import matplotlib.pyplot as plt
+from nlx_kernels import Implementation
+
+from nlx_experiments import bench_ops, report, runs
+from nlx_experiments.console import say
+from nlx_experiments.errors import Refused
+
+GPUS = ("h100", "h200")
+NUMBERS = ("ms", "ns/token/head", "TFLOP/s", "GB/s", "% of product", "% of copy")
+
+
+@dataclasses.dataclass
+class Bench:
+    """What to time.
+
+    Attributes:
+      ops: names of ops; empty: all.
+      shapes: names of shapes, of `BENCH` in an op's shapes.py; empty: "cpu", or on a GPU "batch".
+      implementations: what is timed; empty: what None chooses.
+      ahead_of_time: h100 or h200: compile for it, time nothing.
+      out: folder for bench.json, bench.md and bench.png.
+      record: with `ahead_of_time`, keep registers and spills as what tests compare with.
+    """
+
+    ops: tuple[str, ...] = ()
+    shapes: tuple[str, ...] = ()
+    implementations: tuple[Implementation, ...] = ()
+    ahead_of_time: str | None = None
+    out: pathlib.Path = pathlib.Path("runs/bench")
+    record: bool = False
+
+
+def main(options: Bench) -> None:
+    """Measures, prints a line for each, and writes table and picture."""
+    chosen = choose(options)
+    options.out.mkdir(parents=True, exist_ok=True)
+    if options.ahead_of_time is not None:
+        return compile_(options, chosen)
+    best = (
+        bench_ops.ceilings()
+        if jax.default_backend() != "cpu"
+        else bench_ops.ceilings(1024, 1 << 24)
+    )
+    say(f"a product reaches {best['TFLOP/s']:.3g} TFLOP/s, a copy {best['GB/s']:.4g} GB/s")
+    found = []
+    for op, shape, workload in chosen:
+        arguments = workload.make()
+        for implementation in options.implementations or (None,):
+            for which, run in bench_ops.passes(workload, implementation).items():
+                found.append(
+                    {"op": op, "shape": shape, "implementation": implementation or "None"}
+                    | {"pass": which, **measure(workload, which, run, arguments, best)}
+                )
+                say(_line(found[-1]))
+                environment = runs.environment() | {"ceilings": best}
+                runs.write_json(
+                    options.out / "bench.json", {"environment": environment, "lines": found}
+                )
+    shown = report.Table("Ops", (*list(found[0])[:4], *NUMBERS), [_row(line) for line in found])
+    runs.write_whole(options.out / "bench.md", shown.markdown() + "\n")
+    plot(options.out / "bench.png", found)
+    say(shown.text())
+
+
+def choose(options: Bench) -> list[tuple[str, str, bench_ops.Workload]]:
+    """The workloads asked for; an op without a shape of that name is left out."""
+    known = bench_ops.workloads()
+    for name in options.ops:
+        if name not in known:
+            raise Refused(f"there is no op {name!r} to time; there are {', '.join(known)}.")
+    away = options.ahead_of_time is not None or jax.default_backend() != "cpu"
+    shapes = options.shapes or (("batch",) if away else ("cpu",))
+    chosen = [
+        (op, shape, workload)
+        for op in options.ops or known
+        for shape, workload in known[op].items()
+        if shape in shapes
+    ]
+    if not chosen:
+        raise Refused(f"no op has a shape called {' or '.join(map(repr, shapes))}.")
+    return chosen
+
+
+def measure(
+    workload: bench_ops.Workload, which: str, run: Any, arguments: Any, best: dict[str, float]
+) -> dict[str, float]:
+    """Times of one pass, what they mean, and the seconds of the first call."""
+    slope = ()
+    if which != bench_ops.PASSES[0]:
+        y = jax.eval_shape(lambda: workload.call(arguments, "xla"))
+        slope = (jax.random.normal(jax.random.key(1), y.shape, y.dtype),)
+    begun = time.perf_counter()
+    jax.block_until_ready(run(arguments, *slope))
+    first = time.perf_counter() - begun
+    times = bench_ops.milliseconds(run, arguments, *slope)
+    median = statistics.median(times)
+    means = bench_ops.rates(workload, which, median, best)
+    return {"ms": median, "least ms": min(times), "most ms": max(times), **means, "first s": first}
+
+
+def compile_(options: Bench, chosen: list[tuple[str, str, bench_ops.Workload]]) -> None:
+    """Compiles every workload for a GPU that is not there."""
+    from nlx_kernels import ahead_of_time_gpu
+
+    if options.ahead_of_time not in GPUS:
+        raise Refused(f"`ahead_of_time` is {options.ahead_of_time!r}; it must be h100 or h200.")
+    if (package := ahead_of_time_gpu.missing()) is not None:
+        raise Refused(f'{package} is not installed; it must be: pip install "nlx[aot]".')
+    kernels: dict[str, dict[str, int]] = {}
+    found = []
+    for op, shape, workload in chosen:
+        arguments = jax.eval_shape(workload.make)
+        y = jax.eval_shape(lambda a, w=workload: w.call(a, "xla"), arguments)
+        for implementation in options.implementations or (None,):
+            for which, run in bench_ops.passes(workload, implementation).items():
+                slope = () if which == bench_ops.PASSES[0] else (y,)
+                got = ahead_of_time_gpu.compile_for_gpu(
+                    run, arguments, *slope, target=options.ahead_of_time
+                )
+                kernels |= {name: kernel._asdict() for name, kernel in got.kernels.items()}
+                found.append(
+                    {"op": op, "shape": shape, "implementation": implementation or "None"}
+                    | {"pass": which, "seconds": got.seconds}
+                    | {"temporaries MiB": got.temporaries / 2**20}
+                    | {n: f"{k.registers}, {k.spilled}" for n, k in got.kernels.items()}
+                )
+                say("  ".join(f"{name} {value}" for name, value in found[-1].items()))
+    runs.write_json(options.out / "ahead_of_time.json", {"lines": found, "kernels": kernels})
+    if options.record:
+        path = ahead_of_time_gpu.TARGETS / "compiled.json"
+        runs.write_whole(path, json.dumps(json.loads(path.read_text()) | kernels, indent=1) + "\n")
+
+
+def plot(path: pathlib.Path, found: list[dict[str, Any]]) -> None:
+    """Draws nanoseconds a token and head, one bar a line."""
+    figure, axes = plt.subplots(figsize=(9, 0.5 + 0.35 * len(found)), layout="constrained")
+    names = [", ".join(str(line[n]) for n in list(line)[:4]) for line in found]
+    axes.barh(names, [line["ns/token/head"] for line in found], color=report.COLOURS[0])
+    axes.invert_yaxis()
+    axes.set(xlabel="nanoseconds a token and head", xscale="log")
+    report.save(figure, path)
+
+
+def _row(line: dict[str, Any]) -> list[Any]:
+    return [*list(line.values())[:4], *(line[name] for name in NUMBERS)]
+
+
+def _line(line: dict[str, Any]) -> str:
+    named = ", ".join(str(line[name]) for name in list(line)[:4])
+    return f"{named}: {line['ms']:.3f} ms, {line['ns/token/head']:.3g} ns/token/head"
