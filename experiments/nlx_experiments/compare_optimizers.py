@@ -5,7 +5,8 @@ command    nlx run optimizers [--runs DIR] [--only ROW ...]
            nlx run optimizers-tiny: the same with next to nothing in it, a minute
 shows      loss, steps to AdamW's loss, time and state of every optimizer on the rows below;
            results/optimizers.json and .png, and the table in README.md
-takes      93 minutes on two cores that did other work too; stopped at any moment, the same command goes on
+takes      93 minutes on two cores that were busy with other work too; stopped at any moment, the
+           same command goes on
 expects    the verdicts in README.md
 
 Declared beforehand, by pilot runs on other seeds; "first" is of everything in the row:
