@@ -9,6 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from nlx.inspect.traces import Trace, follow, surprise
+from nlx.nn.checks import check_integers
 from nlx.nn.model import LanguageModel
 from nlx.nn.recall import Ticks
 
@@ -28,9 +29,10 @@ def watch(model: LanguageModel, tokens: Int[Array, "b t"]) -> Watched:
     tokens as they are. Levels of several heads that differ only in an index are one.
 
     model: a `LanguageModel`. tokens: integers, at least two a row; nothing came before the first.
-    Raises ValueError for fewer.
+    Raises TypeError or ValueError for others.
     """
-    if tokens.ndim != 2 or tokens.shape[1] < 2:
+    check_integers("tokens", tokens)
+    if tokens.shape[1] < 2:
         raise ValueError(f"`tokens` has shape {tokens.shape}; it must be [b, t], t at least 2.")
     x, levels = model.embed(tokens), {}
     for n, block in enumerate(model.blocks):

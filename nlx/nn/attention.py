@@ -3,7 +3,7 @@
 
 import functools
 import itertools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 from nlx import memories, writes
 from nlx.clock import Clock
 from nlx.level import Level
+from nlx.nn.checks import check_call
 from nlx.nn.linear import Linear, check_sizes
 from nlx.nn.rotary import rotate
 from nlx.nn.segments import positions, segment_index
@@ -154,6 +155,7 @@ class Attention(nnx.Module):
             capacity, where that is known: outside jit, or longer than the whole cache. Inside jit
             y is NaN where something should have been kept and was not.
         """
+        check_call(self, self.query.kernel.shape[0], x, state, segment_ids, capacity_of(state))
         b, t, _ = x.shape
         index = None if segment_ids is None else segment_index(segment_ids)
         start = jnp.zeros(b, jnp.int32) if state is None else state.position
@@ -281,6 +283,11 @@ def _lost(
     if index is None:
         return late
     return late & ((index == index[:, -1:]) | (index == 0) & (start > capacity)[:, None])
+
+
+def capacity_of(state: Any) -> int:
+    """Tokens that a cache holds; 1 for any other state."""
+    return jnp.shape(state.key)[1] if isinstance(state, AttentionState) else 1
 
 
 def check_room(position: Int[Array, " b"], t: int, capacity: int) -> None:

@@ -7,6 +7,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PyTree
 
+from nlx.nn.checks import check_state
 from nlx.nn.cms import CMS
 from nlx.nn.mixer import Mixer
 from nlx.nn.norm import RMSNorm
@@ -43,6 +44,8 @@ class Block(nnx.Module):
     ) -> tuple[Float[Array, "b t d"], BlockState]:
         """state: as returned; None: nothing came before."""
         mixer_state, feed_forward_state = state or (None, None)
+        if state is not None and mixer_state is None:  # as attention returns it, begun from none
+            check_state("state.mixer", self.mixer, mixer_state, len(x), x.dtype)
         y, mixer_state = self.mixer(self.norm(x), mixer_state, segment_ids)
         y, feed_forward_state = self.feed_forward(x + y, feed_forward_state, segment_ids)
         return y, BlockState(mixer_state, feed_forward_state)

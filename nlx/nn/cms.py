@@ -2,7 +2,7 @@
 """The continuum memory system: MLP blocks that learn on their own clocks, in three variants."""
 
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from nlx import ops
 from nlx.clock import Clock
+from nlx.nn.checks import check_clocks, check_option
 from nlx.nn.feedforward import MLP, SwiGLU
 from nlx.nn.linear import parameter
 from nlx.nn.norm import RMSNorm
@@ -94,10 +95,11 @@ class CMS(nnx.Module):
           variant: how the blocks are put together.
 
         Raises:
-          ValueError: no clock, periods that fall, a nested level without a period, or an unknown
-            variant.
+          ValueError, TypeError: no clock, what is none, periods that fall, a nested level without a
+            period, or an unknown variant.
         """
-        _check(clocks, variant)
+        check_option(Variant, variant=variant)
+        check_clocks(clocks, variant)
         self.variant: Variant = variant
         self.activation: Literal["gelu", "silu"] = mlp.activation
         blocks = [
@@ -139,20 +141,6 @@ class CMS(nnx.Module):
         """Maps every token alone; state and segments change nothing."""
         del segment_ids
         return ops.cms_chain(x, self.weights(), activation=self.activation), state
-
-
-def _check(clocks: Sequence[Clock], variant: Variant) -> None:
-    if variant not in get_args(Variant):
-        known = ", ".join(get_args(Variant))
-        raise ValueError(f"`variant` is {variant!r}; it must be one of {known}.")
-    periods = [float("inf") if c.period is None else c.period for c in clocks]
-    if not periods or periods != sorted(periods):
-        raise ValueError(
-            f"`clocks` have the periods {[c.period for c in clocks]}; there must be at least "
-            "one, from the shortest to the longest."
-        )
-    if variant == "nested" and clocks[-1].period is None:
-        raise ValueError("`clocks` hold a period of None; in the nested variant all must fire.")
 
 
 def _nested(blocks: Sequence[CMSBlock]) -> list[NestedLevel]:

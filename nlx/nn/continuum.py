@@ -14,6 +14,8 @@ from nlx import writes
 from nlx.clock import Clock
 from nlx.level import Level, LevelState
 from nlx.nest import Nest
+from nlx.nn.checks import check_clocks, check_integers
+from nlx.nn.cms import CMS
 from nlx.nn.linear import check_sizes
 from nlx.nn.model import LanguageModel, ModelState, by_level, clocks_by_level, restarts_by_level
 from nlx.train import next_token_loss as mean_loss
@@ -55,7 +57,8 @@ def in_context(
       clocks: in chunks, one per level, high to low frequency; None: the model's own.
 
     Raises:
-      ValueError: no block with a clock; numbers of writes or clocks that are not its levels'.
+      ValueError, TypeError: no block with a clock; what are no writes or clocks, or not as many
+        as levels; clocks that `CMS` would refuse.
     """
     graphdef, parts, join = by_level(model)
     names = [name for name in parts if name != "outer"]
@@ -63,8 +66,15 @@ def in_context(
         raise ValueError("`model` has no block with a clock; see `nlx.nn.from_pretrained_mlps`.")
     by_name = dict(clocks_by_level(model))
     if clocks is not None:
+        variants = [m.variant for _, m in nnx.iter_modules(model) if isinstance(m, CMS)]
+        check_clocks(clocks, variants[0])
         by_name |= _each("clocks", clocks, names)
     several = [write] * len(names) if isinstance(write, Write) else write
+    if not isinstance(several, Sequence) or not all(isinstance(w, Write) for w in several):
+        raise TypeError(
+            f"`write` is a {type(write).__name__}; it must be an `nlx.Write`, such as "
+            "`nlx.writes.summed` makes of an optax rule, or one for each level."
+        )
     restarts = restarts_by_level(model, by_name)
 
     def level(name: str, write: Write) -> Level:
@@ -154,9 +164,15 @@ def stream(
       Scores as the model gives them, and the state after the last chunk.
 
     Raises:
-      ValueError: tokens that are no whole chunks; sizes below 1.
+      ValueError, TypeError: tokens that are no integers [b, t+1], no whole chunks, or of other rows
+        than the state; sizes below 1.
     """
     check_sizes(chunk_size=chunk_size, window=window)
+    check_integers("tokens", tokens)
+    if len(tokens) != (held := len(jax.tree.leaves(state.mixers)[0])):
+        raise ValueError(
+            f"`tokens` are of {len(tokens)} rows; they must be of {held}, as the state."
+        )
     rows, length = tokens.shape[0], tokens.shape[1] - 1
     if length < 1 or length % chunk_size:
         raise ValueError(

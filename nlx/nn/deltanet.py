@@ -47,7 +47,7 @@ class DeltaNet(LinearMemory):
           ValueError: sizes that do not divide.
         """
         head_dim = _divide(width, heads)
-        super().__init__(heads, head_dim, head_dim)
+        super().__init__(width, heads, head_dim, head_dim)
         self.top = 2.0 if negative_eigenvalues else 1.0
         self.streams = _streams(width, heads, head_dim, rngs=rngs)
         self.beta = Gate(width, heads, 0.0, rngs=rngs)
@@ -87,7 +87,7 @@ class GatedDeltaNet(LinearMemory):
           ValueError: sizes that do not divide.
         """
         head_dim = _divide(width, heads)
-        super().__init__(heads, head_dim, VALUE_EXPANSION * head_dim)
+        super().__init__(width, heads, head_dim, VALUE_EXPANSION * head_dim)
         self.streams = _streams(width, heads, head_dim, self.value_dim, rngs=rngs)
         self.alpha = Decay(width, heads, rngs=rngs)
         self.beta = Gate(width, heads, 0.0, rngs=rngs)

@@ -3,7 +3,7 @@
 
 import functools
 import math
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +13,11 @@ from jaxtyping import Array, Float, Int
 
 from nlx import ops
 from nlx.nest import Nest
+from nlx.nn.checks import check_call, check_option
 from nlx.nn.convolution import Window
 from nlx.nn.gate import Gate
 from nlx.nn.linear import Linear, check_sizes, normal, parameter
+from nlx.nn.neural_memory import Read
 from nlx.nn.norm import RMSNorm
 from nlx.nn.recall import Ticks
 from nlx.nn.stream import Streams, unit
@@ -76,7 +78,7 @@ class SelfModifying(nnx.Module):
         hidden: int,
         chunk_size: int,
         projection_chunk_size: int,
-        read: Literal["after_write", "chunk_start"] = "after_write",
+        read: Read = "after_write",
         momentum: bool = True,
         erase: bool = True,
         retain: bool = True,
@@ -101,16 +103,17 @@ class SelfModifying(nnx.Module):
             streams; False leaves the stream itself, a slow map of x (Table 6).
 
         Raises:
-          ValueError: sizes that do not divide.
+          ValueError: sizes that do not divide, or another `read`.
         """
         check_sizes(width=width, heads=heads, hidden=hidden)
         check_sizes(chunk_size=chunk_size, projection_chunk_size=projection_chunk_size)
+        check_option(Read, read=read)
         if width % heads:
             raise ValueError(f"`heads` is {heads}; it must be a divisor of width = {width}.")
         self.heads, self.head_dim, self.hidden = heads, width // heads, hidden
         self.chunk_size, self.projection_chunk_size = chunk_size, projection_chunk_size
         self.erase, self.retain = erase, retain
-        self.read: Literal["after_write", "chunk_start"] = read
+        self.read: Read = read
         self.adaptive_query = adaptive_query
         still = {"key": not adaptive_key, "value": not adaptive_value, "retain": not retain}
         self.still = tuple(box for box, stands in still.items() if stands)
@@ -216,6 +219,7 @@ class SelfModifying(nnx.Module):
           state: as returned; None: nothing came before.
           segment_ids: a new segment starts from the parameters; see `nlx.nn.segments`.
         """
+        check_call(self, self.gate.kernel.shape[0], x, state, segment_ids)
         windows = None if state is None else state.windows
         (streams, query, momentum), windows = self._ask(x, windows, segment_ids)
         y, memory = ops.self_modifying_memory(

@@ -12,6 +12,7 @@ from nlx import memories, objectives, ops, writes
 from nlx.clock import Clock
 from nlx.level import Association, associative_memory
 from nlx.nest import Nest
+from nlx.nn.checks import check_call
 from nlx.nn.linear import check_sizes
 from nlx.nn.readout import ReadOut
 from nlx.nn.recall import Asked, Ticks, recall
@@ -41,9 +42,10 @@ class LinearMemory(nnx.Module):
     streams: Streams
     out: ReadOut
 
-    def __init__(self, heads: int, key_dim: int, value_dim: int):
-        """heads, key_dim, value_dim: sizes of S [h, k, v]."""
-        check_sizes(heads=heads, key_dim=key_dim, value_dim=value_dim)
+    def __init__(self, width: int, heads: int, key_dim: int, value_dim: int):
+        """width: channels of x. heads, key_dim, value_dim: sizes of S [h, k, v]."""
+        check_sizes(width=width, heads=heads, key_dim=key_dim, value_dim=value_dim)
+        self.width = width
         self.heads, self.key_dim, self.value_dim = heads, key_dim, value_dim
 
     def ask(
@@ -103,6 +105,7 @@ class LinearMemory(nnx.Module):
           state: as returned; None: nothing came before.
           segment_ids: a new segment starts with empty memories; see `nlx.nn.segments`.
         """
+        check_call(self, self.width, x, state, segment_ids)
         asked, before = self.ask(x, None if state is None else state.before, segment_ids)
         o, memory = ops.linear_memory(
             asked.query,

@@ -44,7 +44,7 @@ class Mamba2(LinearMemory):
         inner = EXPANSION * width
         if inner % heads:
             raise ValueError(f"`heads` is {heads}; it must be a divisor of 2 width = {inner}.")
-        super().__init__(heads, state_dim, inner // heads)
+        super().__init__(width, heads, state_dim, inner // heads)
         sizes = {"value": (heads, self.value_dim), "key": (1, state_dim), "query": (1, state_dim)}
         self.streams = Streams(width, sizes, rngs=rngs)
         self.decay = Decay(width, heads, rngs=rngs)

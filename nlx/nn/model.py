@@ -14,8 +14,9 @@ from nlx import writes
 from nlx.clock import Clock
 from nlx.level import Level
 from nlx.nest import Nest
-from nlx.nn.attention import Attention, check_room
+from nlx.nn.attention import Attention, capacity_of, check_room
 from nlx.nn.block import Block, BlockState
+from nlx.nn.checks import check_integers, check_state
 from nlx.nn.cms import CMS
 from nlx.nn.feedforward import MLP, SwiGLU
 from nlx.nn.linear import Embedding, Linear
@@ -116,32 +117,24 @@ class LanguageModel(nnx.Module):
         return jnp.bfloat16 if self.config.bfloat16 else self.embedding.table.dtype
 
     def _check(self, tokens, state, segment_ids) -> None:
-        _check_integers("tokens", tokens, None)
+        check_integers("tokens", tokens)
         if segment_ids is not None:
-            _check_integers("segment_ids", segment_ids, tokens.shape)
+            check_integers("segment_ids", segment_ids, tokens.shape)
         if state is None:
             return
-        rows = {leaf.shape[0] for leaf in jax.tree.leaves(state)}
-        if len(state) != len(self.blocks) or rows != {len(tokens)}:
+        rows = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(state)}
+        if len(state) != len(self.blocks) or not rows <= {tokens.shape[:1]}:
             raise ValueError(
-                f"`state` is of {len(state)} blocks and {sorted(rows)} rows; it must be of "
-                f"{len(self.blocks)} blocks and {len(tokens)} rows, as tokens."
+                f"`state` is of {len(state)} blocks and {sorted(sum(rows, ()))} rows; it must be "
+                f"of {len(self.blocks)} blocks and {len(tokens)} rows, as tokens."
             )
-        for block, carried in zip(self.blocks, state, strict=True):
+        for n, (block, carried) in enumerate(zip(self.blocks, state, strict=True)):
+            cache: Any = getattr(carried, "mixer", None)
+            name, capacity = f"state[{n}].mixer", capacity_of(cache)
+            check_state(name, block.mixer, cache, len(tokens), self._dtype(), capacity)
             grows = isinstance(block.mixer, Attention) and block.mixer.window is None
             if grows and segment_ids is None:  # inside the scan over blocks nothing is known
-                cache = carried.mixer
-                check_room(cache.position, tokens.shape[1], cache.key.shape[1])
-
-
-def _check_integers(name: str, value: Any, shape: tuple[int, ...] | None) -> None:
-    """Integers [b, t], of this shape if given."""
-    if not (hasattr(value, "dtype") and jnp.issubdtype(value.dtype, jnp.integer)):
-        kind = getattr(value, "dtype", type(value).__name__)
-        raise TypeError(f"`{name}` is of type {kind}; it must be an array of integers.")
-    if value.ndim != 2 or 0 in value.shape or value.shape != (shape or value.shape):
-        must = f"{shape}, as tokens" if shape else "[b, t], neither empty"
-        raise ValueError(f"`{name}` has shape {value.shape}; it must be {must}.")
+                check_room(cache.position, tokens.shape[1], capacity)
 
 
 def _block(config: ModelConfig, mixer: MixerName, rngs: nnx.Rngs) -> Block:

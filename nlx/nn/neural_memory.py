@@ -13,6 +13,7 @@ from nlx import memories, objectives, ops, writes
 from nlx.clock import Clock
 from nlx.level import Association, Level, associative_memory
 from nlx.nest import Nest
+from nlx.nn.checks import check_option
 from nlx.nn.convolution import Window
 from nlx.nn.gate import Gate
 from nlx.nn.linear import check_sizes, normal
@@ -66,6 +67,7 @@ class DeepMemory(nnx.Module):
     ):
         """Draws gates and initial weights; arguments as of `NeuralMemory`."""
         check_sizes(width=width, heads=heads, hidden=hidden, depth=depth, chunk_size=chunk_size)
+        check_option(Read, read=read)
         if width % heads:
             raise ValueError(f"`heads` is {heads}; it must be a divisor of width = {width}.")
         if depth > MAX_DEPTH:

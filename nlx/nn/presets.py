@@ -59,7 +59,7 @@ class ModelConfig:
     memory_depth: int = 2
     """Layers of each of Titans' memories, at most 4."""
     persistent: int = 4
-    """Learned tokens before every sequence in Titans."""
+    """Learned tokens before every sequence in Titans; 0: none."""
     chunk_size: int = 32
     """Tokens written with gradients at the same weights: by the memories of Hope and
     Titans, and by TTT."""
@@ -127,11 +127,12 @@ def preset(name: str) -> ModelConfig:
 
 def _check(name: str, value: Any, kind: Any) -> None:
     """One field against its annotation."""
-    whole = lambda v: isinstance(v, int) and not isinstance(v, bool) and v >= 1
+    least = 0 if name == "persistent" else 1
+    whole = lambda v: isinstance(v, int) and not isinstance(v, bool) and v >= least
     if kind is bool:
         holds, must = isinstance(value, bool), "True or False"
     elif kind in (int, int | None):
-        holds, must = whole(value) or (kind is not int and value is None), "an integer >= 1"
+        holds, must = whole(value) or (kind is not int and value is None), f"an integer >= {least}"
     elif name == "then":
         holds = isinstance(value, tuple) and set(value) <= set(get_args(MixerName))
         must = f"any of {', '.join(get_args(MixerName))}"

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from nlx.clock import Clock
+from nlx.nn.checks import periods
 from nlx.nn.cms import CMS, CMSBlock
 from nlx.nn.linear import Linear, parameter
 from nlx.nn.model import LanguageModel
@@ -36,8 +37,8 @@ def from_pretrained_mlps(
       split: which of the two.
 
     Raises:
-      ValueError: a layer of several blocks; more clocks than layers, or than hidden units; no
-        clock, or periods that fall.
+      ValueError, TypeError: a layer of several blocks; more clocks than layers, or than hidden
+        units; no clock, periods that fall, or what are no clocks.
 
     References:
       Behrouz et al. (2025), Nested Learning, section 7.3; that a layer's one MLP stands for k of
@@ -50,8 +51,8 @@ def from_pretrained_mlps(
     units, what = len(systems), "layers"
     if split:
         units, what = _only(systems[0]).mlp.up.kernel.shape[1], "hidden units"
-    periods = [float("inf") if clock.period is None else clock.period for clock in clocks]
-    if not 1 <= len(clocks) <= units or periods != sorted(periods):
+    lengths = periods(clocks)
+    if not 1 <= len(clocks) <= units or lengths != sorted(lengths):
         raise ValueError(
             f"`clocks` have the periods {[c.period for c in clocks]}; there must be 1 to {units}, "
             f"no more than the model has {what}, from the shortest to the longest."

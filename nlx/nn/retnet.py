@@ -47,7 +47,7 @@ class RetNet(LinearMemory):
         check_sizes(width=width, heads=heads)
         if width % (2 * heads):
             raise ValueError(f"`width` is {width}; it must be a multiple of 2 heads = {2 * heads}.")
-        super().__init__(heads, width // heads, VALUE_EXPANSION * width // heads)
+        super().__init__(width, heads, width // heads, VALUE_EXPANSION * width // heads)
         self.query = Linear(width, width, ("embed", "heads"), rngs=rngs)
         self.key = Linear(width, width, ("embed", "heads"), rngs=rngs)
         self.value = Linear(width, VALUE_EXPANSION * width, ("embed", "heads"), rngs=rngs)

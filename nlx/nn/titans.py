@@ -9,6 +9,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from nlx.nn.attention import Attention, AttentionState
+from nlx.nn.checks import check_call
 from nlx.nn.linear import Linear
 from nlx.nn.neural_memory import NeuralMemory, NeuralMemoryState, Read
 from nlx.nn.norm import RMSNorm
@@ -71,6 +72,7 @@ class TitansLMM(nnx.Module):
           state: as returned; None: nothing came before.
           segment_ids: a new segment starts anew; see `nlx.nn.segments`.
         """
+        check_call(self, self.out.output.kernel.shape[1], x, state, segment_ids)
         recalled, state = self.long_term(x, state, segment_ids)
         return self.out(x, recalled), state
 
@@ -133,6 +135,7 @@ class TitansMAG(nnx.Module):
             attention builds no cache.
           segment_ids: a new segment starts anew; see `nlx.nn.segments`.
         """
+        check_call(self, self.output.kernel.shape[0], x, state, segment_ids)
         cache, long_term = state or (None, None)
         persistent = self.long_term.persistent
         prefix = None if persistent is None else persistent[...]
@@ -173,6 +176,7 @@ class TitansMAL(nnx.Module):
         segment_ids: Int[Array, "b t"] | None = None,
     ) -> tuple[Float[Array, "b t d"], TitansState]:
         """Mixes tokens with those before them, and learns from them; arguments as `TitansMAG`."""
+        check_call(self, self.memory.out.output.kernel.shape[1], x, state, segment_ids)
         cache, long_term = state or (None, None)
         recalled, weights = self.memory.long_term.begin()
         prefix, persistent = None, self.memory.long_term.persistent

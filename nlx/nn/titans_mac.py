@@ -14,6 +14,7 @@ from nlx import ops
 from nlx.level import Association
 from nlx.nest import Nest
 from nlx.nn.attention import Attention, Part, attend
+from nlx.nn.checks import check_call
 from nlx.nn.linear import Linear, check_sizes
 from nlx.nn.neural_memory import STREAMS, DeepMemory, Read, persistent_tokens
 from nlx.nn.norm import RMSNorm
@@ -197,6 +198,7 @@ class TitansMAC(nnx.Module):
           state: as returned; None: nothing came before.
           segment_ids: a new segment starts anew, in a chunk of its own; see `nlx.nn.segments`.
         """
+        check_call(self, self.output.kernel.shape[0], x, state, segment_ids)
         b, t, _ = x.shape
         wide = jnp.promote_types(jnp.float32, x.dtype)
         start = jnp.zeros(b, jnp.int32) if state is None else state.memory.position

@@ -12,6 +12,7 @@ from nlx import memories, objectives, ops, writes
 from nlx.clock import Clock
 from nlx.level import Association, associative_memory
 from nlx.nest import Nest
+from nlx.nn.checks import check_call
 from nlx.nn.convolution import Convolution, Window
 from nlx.nn.gate import Gate
 from nlx.nn.linear import Linear, check_sizes, normal
@@ -152,6 +153,7 @@ class TTT(nnx.Module):
           state: as returned; None: nothing came before.
           segment_ids: a new segment starts from the parameters; see `nlx.nn.segments`.
         """
+        check_call(self, self.maps["value"].kernel.shape[0], x, state, segment_ids)
         windows, memory = state or (None, None)
         asked, windows = self.ask(x, windows, segment_ids)
         stored = asked.stored
