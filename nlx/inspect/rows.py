@@ -242,7 +242,7 @@ def _objective(loss: Any) -> str:
 
 
 def _write(write: Write | None) -> str:
-    """The factory of a write, and what it was given, from the closures of its functions."""
+    """The factory of a write, and what it was given: limits, a write inside; from closures."""
     if write is None:
         return "none"
     given: dict[str, Any] = {}
@@ -257,8 +257,10 @@ def _given(given: Mapping[str, Any]) -> list[str]:
     for name, value in sorted(given.items()):
         if name in ("erase", "momentum") and value:
             shown.append(name)
-        elif isinstance(value, str | float) and not isinstance(value, bool):
-            shown.append(f"{name}={value}")
+        elif isinstance(value, Write):
+            shown.insert(0, _write(value))
+        elif isinstance(value, str | int | float) and not isinstance(value, bool):
+            shown.append(f"{name}={round(value, 3) if isinstance(value, float) else value}")
     return shown
 
 
