@@ -9,26 +9,16 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from flax import nnx
-from jax.extend import core
 from jaxtyping import Array, PyTree
 
+from nlx.inspect.mixers import Link, among, of_mixer
 from nlx.inspect.rows import nests_of, starred
+from nlx.inspect.tracing import is_float, moved
 from nlx.level import Association
 from nlx.nest import Nest
 from nlx.nn.model import LanguageModel, pretraining, restarts_by_level
 
-Part = tuple[str, str]  # level, and the part of what it is told
-
 GRADIENT = "gradient"  # the source that is no level: what an optimizer is given
-
-
-class Link(NamedTuple):
-    """What one level hands to another."""
-
-    source: str  # name of a level as in `levels`, or "gradient"
-    target: str
-    what: str  # "initial state", "gradient", or the part of its context: "key", "retain", ...
 
 
 class Stored(NamedTuple):
@@ -48,24 +38,10 @@ def links(nest: Nest, params: dict[str, Any], context: Any) -> list[Link]:
     nest: `Nest`. params: of every level by name. context: one tick's. Shapes are enough.
     Source: Behrouz et al. (2025), Nested Learning, section 3.3 (knowledge transfer).
     """
-    found = _among(lambda _: nest, params, context, ())
+    found = among(lambda _: nest, params, context, ())
     if nest.loss is not None:
         shared = [name for name, level in nest.levels.items() if level.loss is None]
         found += [Link(*pair, "gradient") for pair in itertools.permutations(shared, 2)]
-    return found
-
-
-def _among(nest: Callable[[Any], Nest], params: dict[str, Any], context: Any, weights: Any):
-    """The links of nest(weights), where its forward reads weights too."""
-    found = []
-    for name, own in params.items():
-
-        def told(own, others, context, weights, name=name):
-            return nest(weights).forward({**others, name: own}, context)[1]
-
-        others = {other: params[other] for other in params if other != name}
-        parts = _moved(told, own, others, context, weights)
-        found += [Link(name, *part) for part in parts]
     return found
 
 
@@ -125,7 +101,7 @@ def _of_rule(nest: Nest, context: Callable, leaf: Any) -> tuple[list[Link], dict
     given = lambda gradient: nest.forward(params, _moment(context, gradient))[1]
     told = given(gradient)
     found = links(nest, params, _moment(context, gradient))
-    found += [Link(GRADIENT, *part) for part in _moved(given, gradient)]
+    found += [Link(GRADIENT, *part) for part in moved(given, gradient)]
     unread = [(name, "key") for name, own in told.items() if not _reads(nest, name, params, own)]
     return [link for link in found if link[1:] not in unread], told
 
@@ -136,7 +112,7 @@ def _reads(nest: Nest, name: str, params: dict[str, Any], association: Any) -> b
         return False
     loss: Any = nest.levels[name].loss
     told = lambda key: {name: loss(params[name], association._replace(key=key))}
-    return bool(_moved(told, association.key))
+    return bool(moved(told, association.key))
 
 
 def _words(part: Any, of: list[str], leaf: Any) -> str:
@@ -154,101 +130,12 @@ def _of_model(model: LanguageModel) -> list[Link]:
     ]
     for fast in restarts_by_level(model):
         found.append(Link(f"cms_{int(fast.removeprefix('cms_')) + 1}", fast, "initial state"))
-    seen: set[tuple[type, str]] = set()  # blocks alike are wired alike
-    modules: Any = nnx.iter_modules(model)
-    for path, module in modules:
-        name = ".".join(map(str, path))
-        if (kind := (type(module), starred(name))) in seen:
-            continue
-        seen.add(kind)
-        if hasattr(module, "ticks"):
-            width = model.config.width
-            found += [_named(link, name, module.nest()) for link in _of_mixer(module, width)]
-        elif hasattr(module, "level"):
-            found.append(Link("outer", starred(name), "context"))
+    seen: set[type] = set()  # blocks alike are wired alike
+    for n, block in enumerate(model.blocks):
+        if type(block.mixer) not in seen:
+            seen.add(type(block.mixer))
+            found += of_mixer(block.mixer, f"blocks.{n}.mixer", model.config.width)
     return list(dict.fromkeys(found))
-
-
-def _of_mixer(module: Any, width: int) -> list[Link]:
-    """The links of a module with `ticks`: among its levels, and from "outer" to them."""
-    nest = module.nest()
-    graph, weights = nnx.split(module)
-    x = jax.ShapeDtypeStruct((1, 3, width), jnp.float32)
-
-    def one_head(weights, x) -> tuple[dict[str, Any], Any]:
-        params, contexts = nnx.merge(graph, weights).ticks(x)
-        first = jax.tree.map(lambda a: a[0], params)
-        return first, jax.tree.map(lambda a: a[0, 2, 0], contexts)
-
-    def starts(weights, x):
-        return {name: Start(params) for name, params in one_head(weights, x)[0].items()}
-
-    def of(weights) -> Nest:
-        module: Any = nnx.merge(graph, weights)
-        return module.nest()
-
-    def told(weights, x, params):
-        return of(weights).forward(params, one_head(weights, x)[1])[1]
-
-    params, context = jax.eval_shape(one_head, weights, x)
-    found = _among(of, params, context, weights)
-    found += [Link("outer", *part) for part in _moved(starts, weights, x)]
-    found += [Link("outer", *part) for part in _moved(told, weights, x, params)]
-    # What never fires is learned outside only: it is a part of "outer".
-    fires = [name for name, level in nest.levels.items() if level.clock.period is not None]
-    outside = lambda link: link if link.source in fires else link._replace(source="outer")
-    return [outside(link) for link in found if link.target in fires]
-
-
-class Start(NamedTuple):
-    """Where a level starts, as a part of what it is told."""
-
-    initial_state: Any
-
-
-def _moved(function: Callable[..., dict[str, Any]], at: PyTree, *rest: PyTree) -> list[Part]:
-    """(level, part) of every part of what `function` tells levels that reads its first argument.
-
-    Only shapes are needed.
-    """
-    traced, shapes = jax.make_jaxpr(function, return_shape=True)(at, *rest)
-    own = [_is_float(leaf) for leaf in jax.tree.leaves(at)]
-    others = [False] * (len(traced.jaxpr.invars) - len(own))
-    read = iter(_reading(traced.jaxpr, own + others))
-    found = []
-    for level, told in shapes.items():
-        for part, shape in _parts(told):
-            leaves = [(next(read), leaf) for leaf in jax.tree.leaves(shape)]
-            if any(reads and _is_float(leaf) for reads, leaf in leaves):
-                found.append((level, part.replace("_", " ")))
-    return found
-
-
-def _reading(jaxpr: Any, read: list[bool]) -> list[bool]:
-    """Which results are computed from the arguments that `read` marks."""
-    marked = {variable for variable, mark in zip(jaxpr.invars, read, strict=True) if mark}
-    is_marked = lambda atom: not isinstance(atom, core.Literal) and atom in marked
-    for equation in jaxpr.eqns:
-        marks = [is_marked(atom) for atom in equation.invars]
-        inner = equation.params.get("jaxpr", equation.params.get("call_jaxpr"))
-        inner = getattr(inner, "jaxpr", inner)
-        loops = equation.primitive.name in ("scan", "while")
-        if inner is not None and not loops and len(inner.invars) == len(marks):
-            results = _reading(inner, marks)
-        else:
-            results = [any(marks)] * len(equation.outvars)
-        marked |= {out for out, mark in zip(equation.outvars, results, strict=True) if mark}
-    return [is_marked(atom) for atom in jaxpr.outvars]
-
-
-def _parts(told: Any) -> list[tuple[str, Any]]:
-    """A context by field."""
-    known = isinstance(told, Association | Start)
-    return list(told._asdict().items()) if known else [("context", told)]
-
-
-def _is_float(leaf: Any) -> bool:
-    return jnp.issubdtype(leaf.dtype, jnp.floating)
 
 
 def _some(tree: PyTree[Array], seed: int = 3) -> PyTree[Array]:
@@ -256,7 +143,7 @@ def _some(tree: PyTree[Array], seed: int = 3) -> PyTree[Array]:
     leaves, structure = jax.tree.flatten(tree)
     keys = jax.random.split(jax.random.key(seed), max(1, len(leaves)))
     drawn = [
-        0.5 * jax.random.normal(key, leaf.shape, leaf.dtype) if _is_float(leaf) else leaf
+        0.5 * jax.random.normal(key, leaf.shape, leaf.dtype) if is_float(leaf) else leaf
         for key, leaf in zip(keys, leaves, strict=True)
     ]
     return structure.unflatten(drawn)
@@ -276,9 +163,3 @@ def _moment(context: Callable, gradient: Array) -> Any:
 
 def _full(prefix: str, level: str) -> str:
     return starred(".".join(filter(None, (prefix, level))))
-
-
-def _named(link: Link, prefix: str, nest: Nest) -> Link:
-    """With the names of levels in full."""
-    source = _full(prefix, link.source) if link.source in nest.levels else link.source
-    return Link(source, _full(prefix, link.target), link.what)
