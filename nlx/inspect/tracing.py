@@ -103,7 +103,9 @@ def _reading(jaxpr: Any, read: list[bool], attention: bool, met: Lookup) -> list
 
 def _looping(scan: Any, body: Any, marks: list[bool], attention: bool, met: Lookup) -> list[bool]:
     """`_reading` of a scan: the carry is marked by what any of its rounds marks."""
-    whole = lambda out, ins: sum(a.aval.shape == b.aval.shape for a, b in zip(out, ins, strict=True))
+    whole = lambda out, ins: sum(
+        a.aval.shape == b.aval.shape for a, b in zip(out, ins, strict=True)
+    )
     carried = whole(scan.outvars, body.outvars)  # what is stacked has one axis more outside
     first = whole(scan.invars, body.invars) - carried
     while True:

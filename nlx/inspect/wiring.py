@@ -12,7 +12,7 @@ import optax
 from jaxtyping import Array, PyTree
 
 from nlx.inspect.mixers import Link, among, of_mixer
-from nlx.inspect.rows import nests_of, starred
+from nlx.inspect.rows import nests_of, reachable, stages, starred
 from nlx.inspect.tracing import is_float, moved
 from nlx.level import Association
 from nlx.nest import Nest
@@ -58,52 +58,118 @@ def wiring(thing: Any, params: Any = None) -> list[Link]:
     if isinstance(thing, LanguageModel):
         return _of_model(thing)
     found = []
-    for leaf, name, nest, context in _nests(thing, params):
-        if context is None:
-            found += [Link(GRADIENT, _full(name, level), "context") for level in nest.levels]
+    for own in _nests(thing, params):
+        if own.context is None:
+            sources = [*own.before, GRADIENT]
+            found += [
+                Link(source, own.full(level), "context")
+                for source in sources
+                for level in own.nest.levels
+            ]
         else:
-            found += [_named(link, name, nest) for link in _of_rule(nest, context, leaf)[0]]
+            found += _of_rule(own)[0]
     return list(dict.fromkeys(found))
 
 
 def stored(thing: Any, params: Any) -> list[Stored]:
     """Keys and values of an optimizer's memories; arguments and errors as of `wiring`."""
     found = []
-    for leaf, name, nest, context in _nests(thing, params):
-        if context is None:
+    for own in _nests(thing, params):
+        if own.context is None:
             continue
-        sources, told = _of_rule(nest, context, leaf)
+        sources, told = _of_rule(own)
         for level, association in told.items():
             if isinstance(association, Association):
-                of = [
-                    [link.source for link in sources if link[1:] == (level, part)]
-                    for part in ("key", "value")
-                ]
-                key = _words(association.key, of[0], leaf) if of[0] else "none"
-                found.append(
-                    Stored(_full(name, level), key, _words(association.value, of[1], leaf))
+                parts = []
+                for part in ("key", "value"):
+                    target = (own.full(level), part)
+                    of = [link.source for link in sources if link[1:] == target]
+                    parts.append(_words(getattr(association, part), of, own.gradient))
+                key = (
+                    parts[0]
+                    if any(link[1:] == (own.full(level), "key") for link in sources)
+                    else "none"
                 )
+                found.append(Stored(own.full(level), key, parts[1]))
     return list(dict.fromkeys(found))
 
 
-def _nests(thing: Any, params: Any):
-    """(leaf, factory, nest, context) of an optimizer."""
+class Rule(NamedTuple):
+    """The nest of an optimizer for a leaf, and what comes before it in the optimizer's chain."""
+
+    name: str
+    nest: Nest
+    context: Callable | None
+    before: list[str]  # levels of the stages before
+    given: Callable[[Any, Any], Array]  # (gradients, states of those stages) -> what it is given
+    gradients: Any
+    states: Any
+    gradient: Array  # of the leaf
+
+    def full(self, level: str) -> str:
+        """The level's name in the tables."""
+        return _full(self.name, level)
+
+
+def _nests(thing: Any, params: Any) -> list[Rule]:
+    """The nests of an optimizer, leaf by leaf, each after the stages that it comes after."""
     if not isinstance(thing, optax.GradientTransformation) or params is None:
         raise TypeError(
             "`thing` must be a LanguageModel, or an optax transformation with its `params`."
         )
-    return [(leaf, *found) for leaf in jax.tree.leaves(params) for found in nests_of(thing, leaf)]
+    gradients = _some(jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), params))
+    leaves, found = jax.tree.leaves(params), []
+    chain = stages(thing)
+    for n, leaf in enumerate(leaves):
+        within = [{id(function) for function in reachable(stage, leaf)} for stage in chain]
+        before: dict[int, list[str]] = {}
+        for name, nest, context, function in nests_of(thing, leaf):
+            at = next((k for k, functions in enumerate(within) if id(function) in functions), 0)
+
+            def given(gradients, states, at=at, n=n):
+                for stage, state in zip(chain[:at], states, strict=True):
+                    gradients, _ = stage.update(gradients, state, params)
+                return jax.tree.leaves(gradients)[n]
+
+            names = [level for k, levels in before.items() if k < at for level in levels]
+            before.setdefault(at, []).extend(_full(name, level) for level in nest.levels)
+            gradient = jax.tree.leaves(gradients)[n]
+            states = _after_a_step(chain[:at], params)
+            found.append(Rule(name, nest, context, names, given, gradients, states, gradient))
+    return found
 
 
-def _of_rule(nest: Nest, context: Callable, leaf: Any) -> tuple[list[Link], dict[str, Any]]:
+def _after_a_step(chain: list[Any], params: Any) -> list[Any]:
+    """States of the stages of a chain after one gradient."""
+    update, states = _some(jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), params), 4), []
+    for stage in chain:
+        update, state = stage.update(update, stage.init(params), params)
+        states.append(state)
+    return states
+
+
+def _of_rule(own: Rule) -> tuple[list[Link], dict[str, Any]]:
     """The links of an optimizer's nest, and what its levels are told of a random gradient."""
-    params, gradient = _some(nest.init(jax.random.key(0))), _gradient(leaf)
-    given = lambda gradient: nest.forward(params, _moment(context, gradient))[1]
-    told = given(gradient)
-    found = links(nest, params, _moment(context, gradient))
-    found += [Link(GRADIENT, *part) for part in moved(given, gradient)]
-    unread = [(name, "key") for name, own in told.items() if not _reads(nest, name, params, own)]
-    return [link for link in found if link[1:] not in unread], told
+    nest, context = own.nest, own.context
+    assert context is not None
+    params = _some(nest.init(jax.random.key(0)))
+
+    def told(gradients, states):
+        return nest.forward(params, _moment(context, own.given(gradients, states)))[1]
+
+    now = told(own.gradients, own.states)
+    found = links(nest, params, _moment(context, own.given(own.gradients, own.states)))
+    reads_states = lambda states, gradients: told(gradients, states)
+    earlier = moved(reads_states, own.states, own.gradients) if own.before else []
+    found += [Link(GRADIENT, *part) for part in moved(told, own.gradients, own.states)]
+    found += [Link(source, *part) for part in earlier for source in own.before]
+    unread = [(name, "key") for name, of in now.items() if not _reads(nest, name, params, of)]
+    place = lambda name: own.full(name) if name in nest.levels else name
+    return [
+        Link(place(link.source), own.full(link.target), link.what)
+        for link in found
+        if link[1:] not in unread
+    ], now
 
 
 def _reads(nest: Nest, name: str, params: dict[str, Any], association: Any) -> bool:
@@ -115,12 +181,12 @@ def _reads(nest: Nest, name: str, params: dict[str, Any], association: Any) -> b
     return bool(moved(told, association.key))
 
 
-def _words(part: Any, of: list[str], leaf: Any) -> str:
-    gradient = _gradient(leaf)
+def _words(part: Any, of: list[str], gradient: Array) -> str:
     for words, same in ((GRADIENT, gradient), (f"{GRADIENT}^2", jnp.square(gradient))):
         if jnp.shape(part) == same.shape and bool(jnp.all(part == same)):
             return words
-    return f"f({', '.join(dict.fromkeys(of))})" if of else "constant"
+    short = [name.rpartition(".")[2] for name in dict.fromkeys(of)]
+    return f"f({', '.join(short)})" if of else "constant"
 
 
 def _of_model(model: LanguageModel) -> list[Link]:
@@ -147,10 +213,6 @@ def _some(tree: PyTree[Array], seed: int = 3) -> PyTree[Array]:
         for key, leaf in zip(keys, leaves, strict=True)
     ]
     return structure.unflatten(drawn)
-
-
-def _gradient(leaf: Any) -> Array:
-    return _some(jnp.zeros(leaf.shape))
 
 
 def _moment(context: Callable, gradient: Array) -> Any:
