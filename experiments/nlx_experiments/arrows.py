@@ -13,12 +13,12 @@ from nlx_experiments import report
 GRADIENT = "gradient"
 KINDS = {
     "initial state": ("initial state",),
-    "keys and values": ("key", "value", "context"),
+    "keys and values": ("query", "key", "value", "context"),
     "gates": ("rate", "retain", "momentum", "erase"),
     "gradient": ("gradient",),
 }
 COLOUR = dict(zip(KINDS, report.COLOURS, strict=False))
-PITCH, WIDTH, HEIGHT = 2.9, 2.4, 1.05  # from column to column, and the size of a box
+PITCH, WIDTH, HEIGHT = 2.9, 2.4, 1.3  # from column to column, and the size of a box
 
 
 Key = tuple[str, str]
@@ -106,13 +106,17 @@ def from_outer(axes: Axes, boxes: dict[Key, Box], handed: Handed) -> None:
         return
     arrows = []
     for group in dict.fromkeys(box.group for box in others):
-        told = [p for (a, b), ps in handed.items() if a == outer and b[0] == group for p in ps]
         left, right, bottom, _ = extent(group, boxes)
-        kinds = list(_kinds(told).items())
-        for n, (kind, words) in enumerate(kinds):
-            x = left + (n + 1) / (len(kinds) + 1) * (right - left)
-            lower = 0.42 + (0.24 * n if right - left < 2 * PITCH else 0)
-            arrows.append(Arrow(x, bottom, kind, words, lower))
+        for key, words in _ends(group, outer, boxes, handed):
+            kinds = list(_kinds(words).items())
+            if key is not None:
+                left, right = (boxes[key].x + side * WIDTH / 2 for side in (-1, 1))
+                bottom = boxes[key].y - HEIGHT / 2
+            for n, (kind, of_kind) in enumerate(kinds):
+                x = left + (n + 1) / (len(kinds) + 1) * (right - left)
+                lower = 0.42 + (0.26 * n if right - left < 2 * PITCH else 0)
+                lower += 0.3 if key is not None and bottom - extent(group, boxes)[2] > 0.1 else 0
+                arrows.append(Arrow(x, bottom, kind, of_kind, lower))
     box, start = boxes[outer], boxes[outer].y + HEIGHT / 2
     room = min(arrow.bottom for arrow in arrows) - 1.15 - (start + 0.55)
     far = sorted(arrows, key=lambda arrow: -abs(arrow.x - box.x))  # the farther, the lower
@@ -125,6 +129,45 @@ def from_outer(axes: Axes, boxes: dict[Key, Box], handed: Handed) -> None:
         axes.annotate("", *ends, arrowprops=_style(COLOUR[arrow.kind]))
     for arrow in arrows:
         _words(axes, arrow.x, arrow.bottom - arrow.lower, arrow.words, arrow.kind)
+
+
+def _ends(
+    group: str, source: Key, boxes: dict[Key, Box], handed: Handed
+) -> list[tuple[Key | None, list[str]]]:
+    """What a source hands to a group: to all of its boxes (None), where it has many, or to one."""
+    own = [key for key, box in boxes.items() if box.group == group]
+    told = {key: handed.get((source, key), []) for key in own}
+    common = [p for p in told[own[0]] if len(own) > 2 and all(p in told[key] for key in own)]
+    ends: list[tuple[Key | None, list[str]]] = [(None, common)] if common else []
+    rest = [(key, [p for p in parts if p not in common]) for key, parts in told.items()]
+    return ends + [(key, parts) for key, parts in rest if parts]
+
+
+def across(axes: Axes, boxes: dict[Key, Box], handed: Handed) -> None:
+    """From a box to those of another group: from above to what is on its left, else from below."""
+    for source, box in boxes.items():
+        groups = dict.fromkeys(other.group for other in boxes.values())
+        for group in groups if source != ("pre-training", "outer") else ():
+            if group == box.group:
+                continue
+            for n, (key, words) in enumerate(_ends(group, source, boxes, handed)):
+                _, right, bottom, top = extent(group, boxes)
+                x = right - 0.3 if key is None else boxes[key].x
+                y = top if key is None else boxes[key].y + HEIGHT / 2
+                if key is not None and box.y == boxes[key].y and x < box.x:  # side by side
+                    points = [(box.x - WIDTH / 2, box.y), (x + WIDTH / 2, box.y)]
+                elif x < box.x:
+                    height = box.y + 0.25 - 0.5 * n
+                    points = [(box.x - WIDTH / 2, height), (x, height), (x, y)]
+                else:
+                    y = bottom if key is None else boxes[key].y - HEIGHT / 2
+                    level = box.y - HEIGHT / 2 - 0.3
+                    points = [(box.x, box.y - HEIGHT / 2), (box.x, level), (x, level), (x, y)]
+                kind, told = next(iter(_kinds(words))), ", ".join(words)
+                axes.plot(*zip(*points[:-1], strict=True), color=COLOUR[kind], linewidth=1.4)
+                axes.annotate("", points[-1], points[-2], arrowprops=_style(COLOUR[kind]))
+                (x0, y0), (x1, y1) = points[-3:-1] if len(points) > 2 else points
+                _words(axes, (x0 + x1) / 2, (y0 + y1) / 2 + 0.2, told, kind)
 
 
 def from_gradients(axes: Axes, boxes: dict[Key, Box], handed: Handed, y: float) -> None:
@@ -155,14 +198,22 @@ def _arrow(axes: Axes, a: Box, b: Box, parts: Sequence[str], both: bool) -> None
         side = 1 if b.y > a.y else -1
         start, end = (a.x, a.y + side * HEIGHT / 2), (b.x, b.y - side * HEIGHT / 2)
     style = _style(COLOUR[kind]) | dict(arrowstyle="<|-|>" if both else "-|>")
+    aside = 0.45 * side if a.y != b.y else 0  # up on the left, down on the right: both may be there
+    start, end = ((x - aside, y) for x, y in (start, end))
     axes.annotate("", end, start, arrowprops=style)
     x, y = (start[0] + end[0]) / 2, (start[1] + end[1]) / 2
-    _words(axes, x, y + (0.72 if a.y == b.y else 0), ", ".join(parts), kind)
+    words = (
+        ", ".join(parts).replace("retain, ", "retain,\n") if len(parts) > 3 else ", ".join(parts)
+    )
+    y += (HEIGHT / 2 + 0.2) if a.y == b.y else 0.25 * side
+    _words(axes, x, y, words, kind)
 
 
 def _words(axes: Axes, x: float, y: float, words: str, kind: str) -> None:
-    box = dict(boxstyle="round,pad=0.15", facecolor="white", edgecolor="none", alpha=0.85)
-    axes.text(x, y, words, ha="center", va="center", fontsize=7.5, color=COLOUR[kind], bbox=box)
+    box = dict(boxstyle="round,pad=0.15", facecolor="white", edgecolor="none")
+    axes.text(
+        x, y, words, ha="center", va="center", fontsize=7.5, color=COLOUR[kind], bbox=box, zorder=5
+    )
 
 
 def _style(colour: str) -> dict:

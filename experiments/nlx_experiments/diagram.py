@@ -13,7 +13,7 @@ from nlx_experiments import arrows, report
 from nlx_experiments.arrows import GRADIENT, HEIGHT, PITCH, WIDTH, Box, Handed, Key
 
 CONVOLUTIONS = "convolutions"
-STEP, GAP = 2.2, 1.3  # from band to band, and more between steps and tokens
+STEP, GAP = 2.5, 1.4  # from band to band, and more between steps and tokens
 
 
 def draw(path: pathlib.Path, title: str, rows: Sequence[Row], links: Sequence[Link]) -> None:
@@ -34,22 +34,23 @@ def draw(path: pathlib.Path, title: str, rows: Sequence[Row], links: Sequence[Li
     given = any(source == GRADIENT for source, _ in handed)
     heights = _heights(bands)
     top = heights[bands[-1]] + (3.2 if given else 1.5)
-    size = (max(7.0, 0.62 * (right - left + 2.4)), 0.72 * (top + 1.6) + 0.4)
+    size = (max(7.0, 0.62 * (right - left + 2.4)), 0.72 * (top + 1.8) + 0.4)
     figure, axes = plt.subplots(figsize=size, layout="constrained")
     for n, (clock, y) in enumerate(heights.items()):
         shade = "#f4f4f0" if n % 2 else "#eaeae4"
-        axes.axhspan(y - 1.1, y + 1.1, color=shade, linewidth=0, zorder=-2)
+        axes.axhspan(y - STEP / 2, y + STEP / 2, color=shade, linewidth=0, zorder=-2)
         axes.text(left - 2.2, y, clock, va="center", fontsize=10, color="#444444")
     _frames(axes, boxes, below=given)
-    for box in boxes.values():
-        _box(axes, box)
+    for key, box in boxes.items():
+        _box(axes, box, handed.get((key, key), []))
     if given:
         arrows.from_gradients(axes, boxes, handed, top - 0.75)
     for group in dict.fromkeys(box.group for box in boxes.values()):
         arrows.within(axes, {k: b for k, b in boxes.items() if b.group == group}, handed)
     arrows.from_outer(axes, boxes, handed)
+    arrows.across(axes, boxes, handed)
     arrows.legend(axes, handed)
-    axes.set(xlim=(left - 2.4, right), ylim=(-1.6, top), title=title)
+    axes.set(xlim=(left - 2.4, right), ylim=(-1.8, top), title=title)
     axes.axis("off")
     report.save(figure, path)
 
@@ -58,15 +59,13 @@ def _key(name: str) -> Key:
     """(group, label) of a level."""
     if "convolution" in name:
         return CONVOLUTIONS, CONVOLUTIONS
-    if ".mixer" in name:
-        group, _, label = name.partition(".mixer")
-        return group + ".mixer" + label.rpartition(".")[0].removesuffix(".memory"), _short(label)
+    prefix, mixer, inside = name.partition(".mixer")
+    if mixer and not inside:  # attention is all of its block's mixer
+        return name + " ", "attention"
+    if mixer:
+        return prefix + mixer, [part for part in inside.split(".") if part != "*"][-1]
     group, _, label = name.rpartition(".")
     return (group or ("pre-training" if name.startswith(("outer", "cms")) else name)), label
-
-
-def _short(label: str) -> str:
-    return label.strip(".").removesuffix(".*") or "attention"
 
 
 def _place(rows: Sequence[Row]) -> tuple[dict[Key, Box], list[str]]:
@@ -80,7 +79,8 @@ def _place(rows: Sequence[Row]) -> tuple[dict[Key, Box], list[str]]:
             row = same._replace(copies=copies, parameters=parameters)
         merged[key] = row
     bands = sorted({row.clock for row in merged.values()}, key=_pace)
-    ordered = sorted(merged, key=lambda key: (key[0] != "pre-training", key[0] == CONVOLUTIONS))
+    place = lambda key: (key[0] != "pre-training", key[0] == CONVOLUTIONS, not key[0].endswith(" "))
+    ordered = sorted(merged, key=place)
     groups = [list(keys) for _, keys in itertools.groupby(ordered, key=lambda key: key[0])]
     heights = _heights(bands)
     own = [groups[0]] if groups and groups[0][0][0] == "pre-training" else []
@@ -121,18 +121,22 @@ def _between(links: Sequence[Link], keys: dict[str, Key], boxes: dict[Key, Box])
     return handed
 
 
-def _box(axes: Axes, box: Box) -> None:
+def _box(axes: Axes, box: Box, itself: Sequence[str]) -> None:
+    """A box with its name, and what it hands to itself."""
     arrows.rounded(axes, box.x - WIDTH / 2, box.y - HEIGHT / 2, WIDTH, HEIGHT, "white", "#333333")
     row = box.row
-    write = row.write.split("(")[0]
-    size = 10 if len(box.label) < 14 else 8
-    lines = (f"{row.objective}, {write}", f"{row.copies} × {row.parameters // row.copies:,}")
-    axes.text(
-        box.x, box.y + 0.27, box.label, ha="center", va="center", fontsize=size, weight="bold"
-    )
+    write = row.write.split("(")
+    lines = [row.objective, ", ".join(write[:2] if write[0] == "restarted" else write[:1])]
+    if write[0] == "restarted":
+        lines[1] = f"{write[1]}, restarted at {write[-1].partition('firings=')[2].strip(')')}"
+    lines.append(f"{row.copies} × {row.parameters // row.copies:,}")
+    lines += [f"↺ {', '.join(itself)}"] * bool(itself)
+    size = min(10, 140 / len(box.label))
+    text = dict(ha="center", va="center", zorder=4)
+    axes.text(box.x, box.y + 0.43, box.label, fontsize=size, weight="bold", **text)
     for n, line in enumerate(lines):
-        y = box.y - 0.06 - 0.25 * n
-        axes.text(box.x, y, line, ha="center", va="center", fontsize=7, color="#444444")
+        size = min(7, 160 / len(line))
+        axes.text(box.x, box.y + 0.13 - 0.22 * n, line, fontsize=size, color="#444444", **text)
 
 
 def _frames(axes: Axes, boxes: dict[Key, Box], *, below: bool) -> None:
@@ -141,5 +145,7 @@ def _frames(axes: Axes, boxes: dict[Key, Box], *, below: bool) -> None:
         x0, x1, y0, y1 = arrows.extent(group, boxes)
         if x1 - x0 > PITCH:
             arrows.rounded(axes, x0, y0, x1 - x0, y1 - y0, "none", "#999999")
-            y, side = (y0 - 0.05, "top") if below else (y1 + 0.05, "bottom")
-            axes.text(x0 + 0.05, y, group, va=side, fontsize=8, color="#777777")
+            under = below or group == "pre-training"
+            y, side = (y0 - 0.35, "top") if below else (y0 - 0.05, "top")
+            y, side = (y, side) if under else (y1 + 0.05, "bottom")
+            axes.text(x0 + 0.05, y, group, va=side, fontsize=8, color="#777777", zorder=4)

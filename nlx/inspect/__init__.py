@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The white box: levels as a table and as wiring, and what memories do while a text is read."""
 
+from nlx.inspect.mixers import Link as Link
 from nlx.inspect.reading import Watched as Watched
 from nlx.inspect.reading import watch as watch
 from nlx.inspect.rows import Row as Row
@@ -14,7 +15,6 @@ from nlx.inspect.traces import follow as follow
 from nlx.inspect.traces import memory_age as memory_age
 from nlx.inspect.traces import surprise as surprise
 from nlx.inspect.traces import transition_range as transition_range
-from nlx.inspect.wiring import Link as Link
 from nlx.inspect.wiring import Stored as Stored
 from nlx.inspect.wiring import links as links
 from nlx.inspect.wiring import stored as stored

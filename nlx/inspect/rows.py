@@ -81,7 +81,7 @@ def levels(thing: Any, params: Any = None) -> list[Row]:
         [
             row
             for leaf in jax.tree.leaves(params)
-            for name, nest, _ in nests_of(thing, leaf)
+            for name, nest, *_ in nests_of(thing, leaf)
             for row in _of_nest(name, nest, "step", 1, in_context=True)
         ]
     )
@@ -144,13 +144,13 @@ def _own_nest(module: nnx.Module) -> Nest | None:
 
 def nests_of(
     tx: optax.GradientTransformation, leaf: Any
-) -> list[tuple[str, Nest, Callable | None]]:
-    """(factory, nest, context) for every function `level` or `nest` of a leaf that `tx` is made of.
+) -> list[tuple[str, Nest, Callable | None, Callable]]:
+    """(factory, nest, context, function) for every `level` or `nest` that `tx` has for a leaf.
 
     context: the function of that name that stands beside it in a closure and makes what the levels
     are told of a gradient; None where there is none.
     """
-    found, functions = [], _reachable(tx, leaf)
+    found, functions = [], reachable(tx, leaf)
     beside = {}
     for function in functions:
         inside = inspect.getclosurevars(function).nonlocals
@@ -164,8 +164,21 @@ def nests_of(
                 same = sum(name.split(" ")[0] == factory for name, *_ in found)
                 factory += f" {same + 1}" if same else ""
                 nest = _alone(made) if isinstance(made, Level) else made
-                found.append((factory, nest, beside.get(id(function))))
+                found.append((factory, nest, beside.get(id(function)), function))
     return found
+
+
+def stages(tx: Any) -> list[optax.GradientTransformationExtraArgs]:
+    """The transformations that `tx` applies one after the other: chains within chains, flat."""
+    tx = optax.with_extra_args_support(tx)
+    each = [
+        inspect.getclosurevars(function).nonlocals.get(name)
+        for function, name in ((tx.init, "init_fns"), (tx.update, "update_fns"))
+    ]
+    if None in each:
+        return [tx]
+    pairs = zip(*each, strict=True)
+    return [s for pair in pairs for s in stages(optax.GradientTransformationExtraArgs(*pair))]
 
 
 def starred(name: str) -> str:
@@ -173,7 +186,7 @@ def starred(name: str) -> str:
     return ".".join("*" if part.isdigit() else part for part in name.split("."))
 
 
-def _reachable(root: Any, leaf: Any) -> list[Callable]:
+def reachable(root: Any, leaf: Any) -> list[Callable]:
     """All functions that closures, containers and partials lead to, each once.
 
     Of a partition that labels by shape, only what the leaf is labelled for.
@@ -242,7 +255,7 @@ def _objective(loss: Any) -> str:
 
 
 def _write(write: Write | None) -> str:
-    """The factory of a write, and what it was given, from the closures of its functions."""
+    """The factory of a write, and what it was given: limits, a write inside; from closures."""
     if write is None:
         return "none"
     given: dict[str, Any] = {}
@@ -257,8 +270,10 @@ def _given(given: Mapping[str, Any]) -> list[str]:
     for name, value in sorted(given.items()):
         if name in ("erase", "momentum") and value:
             shown.append(name)
-        elif isinstance(value, str | float) and not isinstance(value, bool):
-            shown.append(f"{name}={value}")
+        elif isinstance(value, Write):
+            shown.insert(0, _write(value))
+        elif isinstance(value, str | int | float) and not isinstance(value, bool):
+            shown.append(f"{name}={round(value, 3) if isinstance(value, float) else value}")
     return shown
 
 

@@ -9,13 +9,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
-from nlx import objectives
+from nlx import memories
 from nlx.level import Association, Level, LevelState
 from nlx.nest import Nest
 
 
 class Range(NamedTuple):
-    """Smallest and largest eigenvalue of a symmetric matrix; all are real."""
+    """Smallest and largest eigenvalue of a matrix whose eigenvalues are all real."""
 
     low: Float[Array, "*t"]
     high: Float[Array, "*t"]
@@ -28,7 +28,7 @@ class Trace(NamedTuple):
     update: Float[Array, "*t"]  # |W_t - W_{t-1}|, over all arrays of the level
     retain: Float[Array, "*t"]  # share of the weights kept, 1 where there is no such gate
     age: Float[Array, "*t"]  # in ticks, see `memory_age`
-    eigenvalues: Range  # see `transition_range`
+    eigenvalues: Range  # of every array's own transition, see `follow`
 
 
 def surprise(logits: Float[Array, "*t s"], tokens: Int[Array, "*t"]) -> Float[Array, "*t"]:
@@ -93,9 +93,12 @@ def follow(nest: Nest, params: dict[str, Any], contexts: Any) -> dict[str, Trace
     """Runs a nest tick by tick, and says what each of its memories did.
 
     Memories are levels with a gated write whose contexts are `Association`s; others are left out.
-    The transitions are those of the working weights, gradients being frozen between firings. A
-    linear memory that takes its L2 gradient at every tick erases by it too, at its rate: that is
-    included; of a deep memory on such a clock it is not, since it is no matter of gates.
+    The transitions are those of the working weights, of every array with all others held: between
+    firings gradients are frozen, and it is that of `transition_range`. A memory that fires at every
+    tick takes the gradient at what it writes to, so this erases too (or adds, where the loss curves
+    down): A_t gets the derivative of the tick's whole step, as limited, in the array. It is exact
+    for arrays W that the memory reads as z W, and for constant memories under objectives entry by
+    entry, without a limit; of levels that are no `associative_memory` retention alone is shown.
 
     nest: `Nest`. params: where its levels start, by name. contexts: one per tick, stacked.
     Returns {level name: Trace of arrays [t]}.
@@ -163,17 +166,66 @@ def _tick(
 def _eigenvalues(level: Level, params: PyTree[Array], stored: Association, gate) -> Range:
     """Of the transition of every array of the level, as one range."""
     retain, erase, rate = gate(stored.retain, 1), gate(stored.erase, 0), gate(stored.rate, 1)
-    memory, objective = _recalled(level)
+    memory, _ = _recalled(level)
+    moves = level.clock.period == 1  # so the gradient is taken at the weights it is written to
     if memory is None or memory.inputs is None:
-        return Range(retain, retain)
-    if isinstance(params, jax.Array) and objective is objectives.l2 and level.clock.period == 1:
-        erase += rate
-    ranges = [
-        transition_range(key, retain, erase)
-        for key in jax.tree.leaves(memory.inputs(params, stored.key))
-    ]
+        ranges = [Range(retain, retain)]
+        if memory is not None and moves:
+            ones = jax.tree.map(jnp.ones_like, params)
+            slope = lambda weights: jax.grad(_loss(level))(weights, stored)
+            diagonal = jax.jvp(slope, (params,), (ones,))[1]
+            ends = [retain - rate * jnp.ravel(each) for each in jax.tree.leaves(diagonal)]
+            ranges = [Range(jnp.min(each), jnp.max(each)) for each in ends]
+    else:
+        ranges = []
+        for n, z in enumerate(jax.tree.leaves(memory.inputs(params, stored.key))):
+            across, along = transition_range(z, retain, erase)[::-1]
+            ends = Range(along, along)
+            if moves:
+                erased = _erased_by_gradient(level, params, stored, n, memories.unit(z))
+                ends = Range(along - erased.high, along - erased.low)
+            ranges += [ends, Range(across, across)] if z.shape[-1] > 1 else [ends]
     low = functools.reduce(jnp.minimum, [each.low for each in ranges])
     return Range(low, functools.reduce(jnp.maximum, [each.high for each in ranges]))
+
+
+def _erased_by_gradient(
+    level: Level, params: PyTree[Array], stored: Association, n: int, z: Float[Array, " i"]
+) -> Range:
+    """How strongly a tick's own step erases the level's n-th array W, along its unit input z.
+
+    The loss sees W as z W alone, so its second derivative is z z^T (x) S, S [o, o] that along z. A
+    step is K times the gradient, K its derivative: the rate, of a clipped gradient also its scale
+    and no share along it, so a multiple c of a projection. What is erased are the eigenvalues of
+    K S, which are those of the symmetric K S K / c.
+    """
+    leaves, structure = jax.tree.flatten(params)
+    write, outputs = level.write, jnp.zeros_like(leaves[n][0])
+    assert write is not None
+    assert write.view is not None
+    view = write.view
+    swap = lambda of, new: structure.unflatten([*of[:n], new, *of[n + 1 :]])
+
+    def pull(shift):
+        moved = swap(leaves, leaves[n] + jnp.outer(z, shift))
+        return z @ jax.tree.leaves(jax.grad(_loss(level))(moved, stored))[n]
+
+    def step(pulled):
+        gradient = swap([jnp.zeros_like(leaf) for leaf in leaves], jnp.outer(z, pulled))
+        nothing = jax.tree.map(jnp.zeros_like, write.init(params))
+        after = view(params, write.tick(params, nothing, gradient, stored))
+        return -z @ jax.tree.leaves(after)[n]
+
+    curve, share = jax.jacobian(pull)(outputs), jax.jacobian(step)(pull(outputs))
+    mass = jnp.trace(share)
+    scale = jnp.where(mass > 0, jnp.sum(jnp.square(share)) / jnp.where(mass > 0, mass, 1), 1)
+    values = jnp.linalg.eigvalsh(share @ (curve @ share) / jnp.where(scale > 0, scale, 1))
+    return Range(values[0], values[-1])
+
+
+def _loss(level: Level):
+    assert level.loss is not None
+    return level.loss
 
 
 def _recalled(level: Level) -> tuple[Any, Any]:

@@ -9,26 +9,16 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from flax import nnx
-from jax.extend import core
 from jaxtyping import Array, PyTree
 
-from nlx.inspect.rows import nests_of, starred
+from nlx.inspect.mixers import Link, among, of_mixer
+from nlx.inspect.rows import nests_of, reachable, stages, starred
+from nlx.inspect.tracing import is_float, moved
 from nlx.level import Association
 from nlx.nest import Nest
 from nlx.nn.model import LanguageModel, pretraining, restarts_by_level
 
-Part = tuple[str, str]  # level, and the part of what it is told
-
 GRADIENT = "gradient"  # the source that is no level: what an optimizer is given
-
-
-class Link(NamedTuple):
-    """What one level hands to another."""
-
-    source: str  # name of a level as in `levels`, or "gradient"
-    target: str
-    what: str  # "initial state", "gradient", or the part of its context: "key", "retain", ...
 
 
 class Stored(NamedTuple):
@@ -48,24 +38,10 @@ def links(nest: Nest, params: dict[str, Any], context: Any) -> list[Link]:
     nest: `Nest`. params: of every level by name. context: one tick's. Shapes are enough.
     Source: Behrouz et al. (2025), Nested Learning, section 3.3 (knowledge transfer).
     """
-    found = _among(lambda _: nest, params, context, ())
+    found = among(lambda _: nest, params, context, ())
     if nest.loss is not None:
         shared = [name for name, level in nest.levels.items() if level.loss is None]
         found += [Link(*pair, "gradient") for pair in itertools.permutations(shared, 2)]
-    return found
-
-
-def _among(nest: Callable[[Any], Nest], params: dict[str, Any], context: Any, weights: Any):
-    """The links of nest(weights), where its forward reads weights too."""
-    found = []
-    for name, own in params.items():
-
-        def told(own, others, context, weights, name=name):
-            return nest(weights).forward({**others, name: own}, context)[1]
-
-        others = {other: params[other] for other in params if other != name}
-        parts = _moved(told, own, others, context, weights)
-        found += [Link(name, *part) for part in parts]
     return found
 
 
@@ -82,52 +58,118 @@ def wiring(thing: Any, params: Any = None) -> list[Link]:
     if isinstance(thing, LanguageModel):
         return _of_model(thing)
     found = []
-    for leaf, name, nest, context in _nests(thing, params):
-        if context is None:
-            found += [Link(GRADIENT, _full(name, level), "context") for level in nest.levels]
+    for own in _nests(thing, params):
+        if own.context is None:
+            sources = [*own.before, GRADIENT]
+            found += [
+                Link(source, own.full(level), "context")
+                for source in sources
+                for level in own.nest.levels
+            ]
         else:
-            found += [_named(link, name, nest) for link in _of_rule(nest, context, leaf)[0]]
+            found += _of_rule(own)[0]
     return list(dict.fromkeys(found))
 
 
 def stored(thing: Any, params: Any) -> list[Stored]:
     """Keys and values of an optimizer's memories; arguments and errors as of `wiring`."""
     found = []
-    for leaf, name, nest, context in _nests(thing, params):
-        if context is None:
+    for own in _nests(thing, params):
+        if own.context is None:
             continue
-        sources, told = _of_rule(nest, context, leaf)
+        sources, told = _of_rule(own)
         for level, association in told.items():
             if isinstance(association, Association):
-                of = [
-                    [link.source for link in sources if link[1:] == (level, part)]
-                    for part in ("key", "value")
-                ]
-                key = _words(association.key, of[0], leaf) if of[0] else "none"
-                found.append(
-                    Stored(_full(name, level), key, _words(association.value, of[1], leaf))
+                parts = []
+                for part in ("key", "value"):
+                    target = (own.full(level), part)
+                    of = [link.source for link in sources if link[1:] == target]
+                    parts.append(_words(getattr(association, part), of, own.gradient))
+                key = (
+                    parts[0]
+                    if any(link[1:] == (own.full(level), "key") for link in sources)
+                    else "none"
                 )
+                found.append(Stored(own.full(level), key, parts[1]))
     return list(dict.fromkeys(found))
 
 
-def _nests(thing: Any, params: Any):
-    """(leaf, factory, nest, context) of an optimizer."""
+class Rule(NamedTuple):
+    """The nest of an optimizer for a leaf, and what comes before it in the optimizer's chain."""
+
+    name: str
+    nest: Nest
+    context: Callable | None
+    before: list[str]  # levels of the stages before
+    given: Callable[[Any, Any], Array]  # (gradients, states of those stages) -> what it is given
+    gradients: Any
+    states: Any
+    gradient: Array  # of the leaf
+
+    def full(self, level: str) -> str:
+        """The level's name in the tables."""
+        return _full(self.name, level)
+
+
+def _nests(thing: Any, params: Any) -> list[Rule]:
+    """The nests of an optimizer, leaf by leaf, each after the stages that it comes after."""
     if not isinstance(thing, optax.GradientTransformation) or params is None:
         raise TypeError(
             "`thing` must be a LanguageModel, or an optax transformation with its `params`."
         )
-    return [(leaf, *found) for leaf in jax.tree.leaves(params) for found in nests_of(thing, leaf)]
+    gradients = _some(jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), params))
+    leaves, found = jax.tree.leaves(params), []
+    chain = stages(thing)
+    for n, leaf in enumerate(leaves):
+        within = [{id(function) for function in reachable(stage, leaf)} for stage in chain]
+        before: dict[int, list[str]] = {}
+        for name, nest, context, function in nests_of(thing, leaf):
+            at = next((k for k, functions in enumerate(within) if id(function) in functions), 0)
+
+            def given(gradients, states, at=at, n=n):
+                for stage, state in zip(chain[:at], states, strict=True):
+                    gradients, _ = stage.update(gradients, state, params)
+                return jax.tree.leaves(gradients)[n]
+
+            names = [level for k, levels in before.items() if k < at for level in levels]
+            before.setdefault(at, []).extend(_full(name, level) for level in nest.levels)
+            gradient = jax.tree.leaves(gradients)[n]
+            states = _after_a_step(chain[:at], params)
+            found.append(Rule(name, nest, context, names, given, gradients, states, gradient))
+    return found
 
 
-def _of_rule(nest: Nest, context: Callable, leaf: Any) -> tuple[list[Link], dict[str, Any]]:
+def _after_a_step(chain: list[Any], params: Any) -> list[Any]:
+    """States of the stages of a chain after one gradient."""
+    update, states = _some(jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), params), 4), []
+    for stage in chain:
+        update, state = stage.update(update, stage.init(params), params)
+        states.append(state)
+    return states
+
+
+def _of_rule(own: Rule) -> tuple[list[Link], dict[str, Any]]:
     """The links of an optimizer's nest, and what its levels are told of a random gradient."""
-    params, gradient = _some(nest.init(jax.random.key(0))), _gradient(leaf)
-    given = lambda gradient: nest.forward(params, _moment(context, gradient))[1]
-    told = given(gradient)
-    found = links(nest, params, _moment(context, gradient))
-    found += [Link(GRADIENT, *part) for part in _moved(given, gradient)]
-    unread = [(name, "key") for name, own in told.items() if not _reads(nest, name, params, own)]
-    return [link for link in found if link[1:] not in unread], told
+    nest, context = own.nest, own.context
+    assert context is not None
+    params = _some(nest.init(jax.random.key(0)))
+
+    def told(gradients, states):
+        return nest.forward(params, _moment(context, own.given(gradients, states)))[1]
+
+    now = told(own.gradients, own.states)
+    found = links(nest, params, _moment(context, own.given(own.gradients, own.states)))
+    reads_states = lambda states, gradients: told(gradients, states)
+    earlier = moved(reads_states, own.states, own.gradients) if own.before else []
+    found += [Link(GRADIENT, *part) for part in moved(told, own.gradients, own.states)]
+    found += [Link(source, *part) for part in earlier for source in own.before]
+    unread = [(name, "key") for name, of in now.items() if not _reads(nest, name, params, of)]
+    place = lambda name: own.full(name) if name in nest.levels else name
+    return [
+        Link(place(link.source), own.full(link.target), link.what)
+        for link in found
+        if link[1:] not in unread
+    ], now
 
 
 def _reads(nest: Nest, name: str, params: dict[str, Any], association: Any) -> bool:
@@ -136,15 +178,15 @@ def _reads(nest: Nest, name: str, params: dict[str, Any], association: Any) -> b
         return False
     loss: Any = nest.levels[name].loss
     told = lambda key: {name: loss(params[name], association._replace(key=key))}
-    return bool(_moved(told, association.key))
+    return bool(moved(told, association.key))
 
 
-def _words(part: Any, of: list[str], leaf: Any) -> str:
-    gradient = _gradient(leaf)
+def _words(part: Any, of: list[str], gradient: Array) -> str:
     for words, same in ((GRADIENT, gradient), (f"{GRADIENT}^2", jnp.square(gradient))):
         if jnp.shape(part) == same.shape and bool(jnp.all(part == same)):
             return words
-    return f"f({', '.join(dict.fromkeys(of))})" if of else "constant"
+    short = [name.rpartition(".")[2] for name in dict.fromkeys(of)]
+    return f"f({', '.join(short)})" if of else "constant"
 
 
 def _of_model(model: LanguageModel) -> list[Link]:
@@ -154,101 +196,12 @@ def _of_model(model: LanguageModel) -> list[Link]:
     ]
     for fast in restarts_by_level(model):
         found.append(Link(f"cms_{int(fast.removeprefix('cms_')) + 1}", fast, "initial state"))
-    seen: set[tuple[type, str]] = set()  # blocks alike are wired alike
-    modules: Any = nnx.iter_modules(model)
-    for path, module in modules:
-        name = ".".join(map(str, path))
-        if (kind := (type(module), starred(name))) in seen:
-            continue
-        seen.add(kind)
-        if hasattr(module, "ticks"):
-            width = model.config.width
-            found += [_named(link, name, module.nest()) for link in _of_mixer(module, width)]
-        elif hasattr(module, "level"):
-            found.append(Link("outer", starred(name), "context"))
+    seen: set[type] = set()  # blocks alike are wired alike
+    for n, block in enumerate(model.blocks):
+        if type(block.mixer) not in seen:
+            seen.add(type(block.mixer))
+            found += of_mixer(block.mixer, f"blocks.{n}.mixer", model.config.width)
     return list(dict.fromkeys(found))
-
-
-def _of_mixer(module: Any, width: int) -> list[Link]:
-    """The links of a module with `ticks`: among its levels, and from "outer" to them."""
-    nest = module.nest()
-    graph, weights = nnx.split(module)
-    x = jax.ShapeDtypeStruct((1, 3, width), jnp.float32)
-
-    def one_head(weights, x) -> tuple[dict[str, Any], Any]:
-        params, contexts = nnx.merge(graph, weights).ticks(x)
-        first = jax.tree.map(lambda a: a[0], params)
-        return first, jax.tree.map(lambda a: a[0, 2, 0], contexts)
-
-    def starts(weights, x):
-        return {name: Start(params) for name, params in one_head(weights, x)[0].items()}
-
-    def of(weights) -> Nest:
-        module: Any = nnx.merge(graph, weights)
-        return module.nest()
-
-    def told(weights, x, params):
-        return of(weights).forward(params, one_head(weights, x)[1])[1]
-
-    params, context = jax.eval_shape(one_head, weights, x)
-    found = _among(of, params, context, weights)
-    found += [Link("outer", *part) for part in _moved(starts, weights, x)]
-    found += [Link("outer", *part) for part in _moved(told, weights, x, params)]
-    # What never fires is learned outside only: it is a part of "outer".
-    fires = [name for name, level in nest.levels.items() if level.clock.period is not None]
-    outside = lambda link: link if link.source in fires else link._replace(source="outer")
-    return [outside(link) for link in found if link.target in fires]
-
-
-class Start(NamedTuple):
-    """Where a level starts, as a part of what it is told."""
-
-    initial_state: Any
-
-
-def _moved(function: Callable[..., dict[str, Any]], at: PyTree, *rest: PyTree) -> list[Part]:
-    """(level, part) of every part of what `function` tells levels that reads its first argument.
-
-    Only shapes are needed.
-    """
-    traced, shapes = jax.make_jaxpr(function, return_shape=True)(at, *rest)
-    own = [_is_float(leaf) for leaf in jax.tree.leaves(at)]
-    others = [False] * (len(traced.jaxpr.invars) - len(own))
-    read = iter(_reading(traced.jaxpr, own + others))
-    found = []
-    for level, told in shapes.items():
-        for part, shape in _parts(told):
-            leaves = [(next(read), leaf) for leaf in jax.tree.leaves(shape)]
-            if any(reads and _is_float(leaf) for reads, leaf in leaves):
-                found.append((level, part.replace("_", " ")))
-    return found
-
-
-def _reading(jaxpr: Any, read: list[bool]) -> list[bool]:
-    """Which results are computed from the arguments that `read` marks."""
-    marked = {variable for variable, mark in zip(jaxpr.invars, read, strict=True) if mark}
-    is_marked = lambda atom: not isinstance(atom, core.Literal) and atom in marked
-    for equation in jaxpr.eqns:
-        marks = [is_marked(atom) for atom in equation.invars]
-        inner = equation.params.get("jaxpr", equation.params.get("call_jaxpr"))
-        inner = getattr(inner, "jaxpr", inner)
-        loops = equation.primitive.name in ("scan", "while")
-        if inner is not None and not loops and len(inner.invars) == len(marks):
-            results = _reading(inner, marks)
-        else:
-            results = [any(marks)] * len(equation.outvars)
-        marked |= {out for out, mark in zip(equation.outvars, results, strict=True) if mark}
-    return [is_marked(atom) for atom in jaxpr.outvars]
-
-
-def _parts(told: Any) -> list[tuple[str, Any]]:
-    """A context by field."""
-    known = isinstance(told, Association | Start)
-    return list(told._asdict().items()) if known else [("context", told)]
-
-
-def _is_float(leaf: Any) -> bool:
-    return jnp.issubdtype(leaf.dtype, jnp.floating)
 
 
 def _some(tree: PyTree[Array], seed: int = 3) -> PyTree[Array]:
@@ -256,14 +209,10 @@ def _some(tree: PyTree[Array], seed: int = 3) -> PyTree[Array]:
     leaves, structure = jax.tree.flatten(tree)
     keys = jax.random.split(jax.random.key(seed), max(1, len(leaves)))
     drawn = [
-        0.5 * jax.random.normal(key, leaf.shape, leaf.dtype) if _is_float(leaf) else leaf
+        0.5 * jax.random.normal(key, leaf.shape, leaf.dtype) if is_float(leaf) else leaf
         for key, leaf in zip(keys, leaves, strict=True)
     ]
     return structure.unflatten(drawn)
-
-
-def _gradient(leaf: Any) -> Array:
-    return _some(jnp.zeros(leaf.shape))
 
 
 def _moment(context: Callable, gradient: Array) -> Any:
@@ -276,9 +225,3 @@ def _moment(context: Callable, gradient: Array) -> Any:
 
 def _full(prefix: str, level: str) -> str:
     return starred(".".join(filter(None, (prefix, level))))
-
-
-def _named(link: Link, prefix: str, nest: Nest) -> Link:
-    """With the names of levels in full."""
-    source = _full(prefix, link.source) if link.source in nest.levels else link.source
-    return Link(source, _full(prefix, link.target), link.what)

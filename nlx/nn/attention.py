@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.core import Tracer
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
@@ -19,6 +20,8 @@ from nlx.nn.checks import check_call
 from nlx.nn.linear import Linear, check_sizes
 from nlx.nn.rotary import rotate
 from nlx.nn.segments import positions, segment_index
+
+READ, GIVEN = ("attention.query", "attention.key", "attention.value"), "attention.given"
 
 
 class AttentionState(NamedTuple):
@@ -245,7 +248,15 @@ def _kept(
 
 
 def attend(parts: list[Part]) -> Float[Array, "b t h d"]:
-    """One softmax over all parts, in the queries' dtype; at least float32 inside."""
+    """One softmax over all parts, in the queries' dtype; at least float32 inside.
+
+    What it reads and gives is named, so that `nlx.inspect.wiring` finds it in a trace.
+    """
+    parts = [
+        Part(*(checkpoint_name(array, name) for array, name in zip(part, READ, strict=False)),
+             part.seen)
+        for part in parts
+    ]  # fmt: skip
     b, t, heads, d = parts[0].query.shape
     dtype = parts[0].query.dtype
     wide = jnp.promote_types(jnp.float32, dtype)
@@ -269,7 +280,7 @@ def attend(parts: list[Part]) -> Float[Array, "b t h d"]:
         jnp.einsum("bkgts,bskd->btkgd", weight, part.value)
         for weight, part in zip(jnp.split(weights, ends, axis=-1), parts, strict=True)
     ]
-    return functools.reduce(jnp.add, reads).reshape(b, t, heads, d)
+    return checkpoint_name(functools.reduce(jnp.add, reads).reshape(b, t, heads, d), GIVEN)
 
 
 def _lost(

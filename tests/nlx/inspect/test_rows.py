@@ -106,6 +106,12 @@ def test_flags_of_hope_show():
     assert found["blocks.*.mixer.memory"].order == 1
 
 
+def test_a_level_that_begins_anew_shows_its_write_and_when():
+    _, found = rows(mixer="attention", cms_variant="nested")
+    assert found["cms_0"].write == "restarted(summed(reduce=mean), firings=3)"
+    assert found["cms_1"].write == "summed(reduce=mean)"
+
+
 def test_an_optimizer_shows_its_levels():
     params = {"kernel": jnp.zeros((4, 3)), "bias": jnp.zeros(3)}
     tx = optax.chain(

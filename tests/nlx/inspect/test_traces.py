@@ -1,5 +1,7 @@
 """What memories do tick by tick, against closed forms and brute force, in float64."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -68,7 +70,7 @@ def alone(level):
 
 def stored(key_size, value_size, *names):
     made = {name: jnp.asarray(gates(10 + n, T)) for n, name in enumerate(names)}
-    keys, values = numbers(3, T, key_size), numbers(4, T, value_size)
+    keys, values = numbers(3, T, key_size), numbers(4, T, *np.ravel(value_size))
     return Association(jnp.asarray(keys), jnp.asarray(values), **made)
 
 
@@ -99,11 +101,21 @@ def linear(objective, momentum, period, *, erase):
     return memory, associative_memory(memory, objective, write, Clock(period)), V
 
 
-def deep(objective, momentum, period, *, erase):
-    memory = memories.mlp((K, 5, K))
-    write = writes.gated(memory.inputs if erase else None, momentum, 0.5, 1.5)
+def constant(objective, momentum, period, *, erase):
+    memory = memories.constant(jnp.zeros((K, V)))
+    assert not erase
+    write = writes.gated(None, momentum)
+    return memory, associative_memory(memory, objective, write, Clock(period)), (K, V)
+
+
+def deep(objective, momentum, period, *, erase, clip=0.5, norm=False):
+    memory = memories.mlp((K, 5, K), norm=norm)
+    write = writes.gated(memory.inputs if erase else None, momentum, clip, 1.5)
     return memory, associative_memory(memory, objective, write, Clock(period)), K
 
+
+unlimited = functools.partial(deep, clip=None)
+normed = functools.partial(deep, clip=None, norm=True)
 
 CASES = {
     "delta rule": (linear, objectives.l2, False, 1, False),
@@ -113,6 +125,14 @@ CASES = {
     "linear attention": (linear, objectives.dot_product, False, 1, False),
     "Titans": (deep, objectives.l2, True, 3, False),
     "delta gradient descent": (deep, objectives.l2, True, 3, True),
+    "an average": (constant, objectives.l2, False, 1, False),
+    "a sum": (constant, objectives.dot_product, False, 1, False),
+    "Titans, token by token": (unlimited, objectives.l2, True, 1, False),
+    "Titans, token by token, limited": (deep, objectives.l2, True, 1, False),
+    "Hope, token by token": (unlimited, objectives.l2, True, 1, True),
+    "Hope, token by token, limited": (deep, objectives.l2, False, 1, True),
+    "dot products in a deep memory": (unlimited, objectives.dot_product, False, 1, True),
+    "TTT, token by token": (normed, objectives.l2, False, 1, False),
 }
 
 
@@ -141,7 +161,9 @@ def test_eigenvalues_are_those_of_the_derivative_of_a_tick(case):
         for n in range(depth):  # of each layer with respect to itself
             block = np.asarray(matrices[n * depth + n])
             i, o = block.shape[:2]
-            values += list(np.linalg.eigvals(block.reshape(i * o, i * o)).real)
+            found = np.linalg.eigvals(block.reshape(i * o, i * o))
+            close(found.imag, 0 * found.imag)
+            values += list(found.real)
         found = trace.eigenvalues
         close((found.low[t], found.high[t]), (min(values), max(values)))
         after = level.step(state, context)

@@ -86,20 +86,58 @@ def test_nested_levels_start_where_the_slower_one_says():
     assert starts == {("cms_1", "cms_0"), ("cms_2", "cms_1")}
 
 
+ASSOCIATION = {"key", "value", "query"}
+TITANS = ASSOCIATION | {"initial state", "rate", "retain", "momentum"}
+
+
 @pytest.mark.parametrize(
     ("mixer", "target", "told"),
     [
-        ("retnet", "memory", {"key", "value"}),
-        ("gated_deltanet", "memory", {"key", "value", "rate", "retain", "erase"}),
-        ("ttt_linear", "memory", {"initial state", "key", "value", "rate"}),
-        ("titans_mal", "memory.long_term.memory", {"initial state", "key", "value", "rate",
-                                                   "retain", "momentum"}),
-        ("titans_mac", "memory.*", {"initial state", "key", "value", "rate", "retain",
-                                    "momentum"}),
+        ("retnet", "memory", ASSOCIATION),
+        ("gated_deltanet", "memory", ASSOCIATION | {"rate", "retain", "erase"}),
+        ("ttt_linear", "memory", ASSOCIATION | {"initial state", "rate"}),
+        ("titans_mal", "memory.long_term.memory", TITANS),
+        ("titans_mac", "memory.*", TITANS),
+        ("titans_mac", "attention", ASSOCIATION),
     ],
 )  # fmt: skip
 def test_memories_are_told_by_the_slow_maps(mixer, target, told):
     assert parts(wired(mixer=mixer, feed_forward="swiglu"), "outer", target) == told
+
+
+@pytest.mark.parametrize(
+    ("mixer", "memory", "read", "told"),
+    [
+        ("titans_mac", "memory.*", {"key", "value"}, TITANS - {"initial state"}),
+        ("titans_mal", "memory.long_term.memory", ASSOCIATION, set()),
+        ("titans_mag", "long_term.memory", set(), set()),
+    ],
+)
+def test_attention_and_memory_read_each_other(mixer, memory, read, told):
+    links = wired(mixer=mixer, feed_forward="swiglu", persistent=2)
+    assert parts(links, memory, "attention") == read
+    assert parts(links, "attention", memory) == told
+    assert not parts(links, memory, memory)
+
+
+@pytest.mark.parametrize(
+    ("mixer", "target", "told"),
+    [
+        ("self_modifying", "rate", {"key": {"key"}, "value": {"value"}, "query": set(),
+                                    "gate": {"rate", "retain", "erase"}}),
+        ("self_modifying", "memory", {"query": {"query"}}),
+        ("mamba2", "memory", {"key": {"key"}, "value": {"value"}, "query": {"query"}}),
+    ],
+)  # fmt: skip
+def test_convolutions_make_what_memories_are_told(mixer, target, told):
+    links = wired(mixer=mixer)
+    for stream, expected in told.items():
+        assert parts(links, f"streams.{stream}.convolution", target) == expected
+
+
+def test_an_adaptive_query_comes_from_its_memory():
+    links = wired(adaptive_query=True)
+    assert parts(links, "query", "memory") == {"query"}
 
 
 @pytest.mark.parametrize("name", [name for name in nn.PRESETS if name.endswith("-tiny")])
@@ -113,6 +151,7 @@ def test_every_level_of_every_architecture_is_wired(name):
     assert {end for link in links for end in link[:2]} <= names
 
 
+SCALED = "f(gradient, gradient_memory)"
 KERNEL = {"kernel": jnp.zeros((6, 4))}
 
 
@@ -121,10 +160,15 @@ def test_deep_momentum_reads_its_average_as_a_key():
     average, deep = (f"scale_by_deep_momentum.{name}" for name in ("average", "deep"))
     assert parts(links, average, deep) == {"key", "rate"}
     assert parts(links, "gradient", deep) == {"value"}
+    for target in (average, deep):  # they learn u / sqrt(v), v the second moment's memory
+        assert parts(links, "gradient_memory", target) == {"value"}
     assert parts(links, deep, average) == set()
     stored = set(inspect.stored(optim.dmgd(0.1), KERNEL))
-    assert Stored(average, "none", "gradient") in stored
-    assert Stored(deep, "f(average)", "f(gradient)") in stored
+    assert Stored("gradient_memory", "none", "gradient^2") in stored
+    assert Stored(average, "none", SCALED) in stored
+    assert Stored(deep, "f(average)", SCALED) in stored
+    alone = optim.dmgd(0.1, precondition=False)
+    assert Stored(average, "none", "gradient") in set(inspect.stored(alone, KERNEL))
 
 
 @pytest.mark.parametrize(
@@ -142,7 +186,14 @@ def test_deep_momentum_reads_its_average_as_a_key():
             optim.delta_momentum(0.1),
             {
                 ("gradient_memory", "none", "gradient^2"),
-                ("gradient_memory 2", "f(gradient)", "gradient"),
+                ("gradient_memory 2", SCALED, SCALED),
+            },
+        ),
+        (
+            optim.preconditioned_momentum(0.1),
+            {
+                ("gradient_memory", "none", "gradient^2"),
+                ("gradient_memory 2", "none", SCALED),
             },
         ),
         (optim.dgd(0.1), set()),
