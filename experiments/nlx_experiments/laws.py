@@ -26,6 +26,7 @@ import optax
 from flax import nnx
 
 from nlx import nn, writes
+from nlx.nn.model import by_level
 from nlx_experiments import report, runs
 from nlx_experiments.console import say
 from nlx_experiments.errors import Refused
@@ -169,16 +170,21 @@ def reader(config: nn.ModelConfig, *, in_context: bool, chunk_size: int = 1) -> 
     model = nn.LanguageModel(config, rngs=nnx.Rngs(1))
     if not in_context:
         graph, params = nnx.split(model)
-        read = lambda params, tokens, state: nnx.merge(graph, params)(tokens[:, :-1], state)
-        return Reader(params, lambda _, rows, capacity: model.init_state(rows, capacity), read)
+        whole = lambda params: nnx.merge(graph, params)
+        read = lambda params, tokens, state: whole(params)(tokens[:, :-1], state)
+        return Reader(params, lambda params, rows, n: whole(params).init_state(rows, n), read)
     nest = nn.in_context(model, writes.fast(RATE))
+    graph, _, join = by_level(model)
+
+    def start(params, rows, n):
+        mixers = nnx.merge(graph, join(params)).init_state(rows, n)
+        return nn.begin(nest, params, mixers)
 
     def stream(params, tokens, state):
         del params  # they are in the state
         length = tokens.shape[1] - 1
         return nn.stream(nest, state, tokens, chunk_size=chunk_size, window=length // chunk_size)
 
-    start = lambda params, rows, n: nn.begin(nest, params, model.init_state(rows, n))
     return Reader(nest.init(jax.random.key(0)), start, stream)
 
 
