@@ -31,7 +31,10 @@ class Mixer(Protocol):
         state: Any = None,
         segment_ids: Int[Array, "b t"] | None = None,
     ) -> tuple[Float[Array, "b t d"], Any]:
-        """state: as returned; None: nothing came before."""
+        """state: as returned; None: nothing came before.
+
+        Raises TypeError or ValueError, one sentence, for inputs or a state that are not its own.
+        """
         ...
 
 

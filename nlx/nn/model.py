@@ -129,8 +129,8 @@ class LanguageModel(nnx.Module):
                 f"of {len(self.blocks)} blocks and {len(tokens)} rows, as tokens."
             )
         for n, (block, carried) in enumerate(zip(self.blocks, state, strict=True)):
-            cache, name = getattr(carried, "mixer", None), f"state[{n}].mixer"
-            capacity = capacity_of(cache)
+            cache: Any = getattr(carried, "mixer", None)
+            name, capacity = f"state[{n}].mixer", capacity_of(cache)
             check_state(name, block.mixer, cache, len(tokens), self._dtype(), capacity)
             grows = isinstance(block.mixer, Attention) and block.mixer.window is None
             if grows and segment_ids is None:  # inside the scan over blocks nothing is known
