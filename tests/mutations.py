@@ -41,6 +41,13 @@ OF_LINEAR_TPU = "kernels/test_linear_memory_tpu.py"
 OF_HOPE_TPU, OF_MLP_TPU = (
     f"kernels/test_{op}_tpu.py" for op in ("self_modifying_memory", "mlp_memory")
 )
+CHECKS, OF_CHECKS = "nlx/nn/checks.py", "nlx/nn/test_checks.py"
+MIXER, OF_CONFIG, OF_PRECISION = (
+    "nlx/nn/mixer.py",
+    "nlx/nn/test_configuration.py",
+    "nlx/nn/test_precision.py",
+)
+WIDE = "wide = x.astype(jnp.promote_types(jnp.float32, x.dtype))"
 
 MUTATIONS = (
     Mutation(
@@ -583,6 +590,125 @@ MUTATIONS = (
         "        return device.platform\n",
         "        return jax.default_backend()\n",
         "kernels/test_arguments.py",
+    ),
+    Mutation(
+        "the refusal of a state without its attention",
+        CHECKS,
+        "if found.get(path) != own.get(path):",
+        "if path in found and found[path] != own.get(path):",
+        OF_CHECKS,
+    ),
+    Mutation(
+        "the check of a mixer's state in a model",
+        "nlx/nn/model.py",
+        "            check_state(name, block.mixer, cache, len(tokens), self._dtype(), capacity)\n",
+        "",
+        OF_CHECKS,
+    ),
+    Mutation(
+        "the refusal of clocks that fall in context",
+        STREAM,
+        "        check_clocks(clocks, variants[0])\n",
+        "",
+        OF_CHECKS,
+    ),
+    Mutation(
+        "the refusal of what is no write in context",
+        STREAM,
+        "or not all(isinstance(w, Write) for w in several)",
+        "",
+        OF_CHECKS,
+    ),
+    Mutation(
+        "the limits of Titans' deep memory",
+        "nlx/nn/neural_memory.py",
+        "        axes = (None, *",
+        "        self.clip = self.bound = None\n        axes = (None, *",
+        OF_PRECISION,
+    ),
+    Mutation(
+        "the clip of Titans' gradients",
+        "nlx/nn/neural_memory.py",
+        "self.clip = self.head_dim**0.5",
+        "self.clip = None",
+        OF_PRECISION,
+    ),
+    Mutation(
+        "the bound of Titans' weights",
+        "nlx/nn/neural_memory.py",
+        "self.bound = LARGEST_WEIGHTS * max(self.sizes) ** 0.5",
+        "self.bound = None",
+        OF_PRECISION,
+    ),
+    Mutation(
+        "the configuration's read in Hope",
+        MIXER,
+        "                read=config.read,\n",
+        "",
+        OF_CONFIG,
+    ),
+    Mutation(
+        "the configuration's depth in Titans",
+        MIXER,
+        "        depth=config.memory_depth,\n",
+        "",
+        OF_CONFIG,
+    ),
+    Mutation(
+        "the configuration's momentum in Titans",
+        MIXER,
+        "        persistent=config.persistent,\n        momentum=config.momentum,\n",
+        "        persistent=config.persistent,\n",
+        OF_CONFIG,
+    ),
+    Mutation(
+        "the configuration's read in Titans",
+        MIXER,
+        "        read=config.read,\n    )\n",
+        "    )\n",
+        OF_CONFIG,
+    ),
+    Mutation(
+        "the configuration's negative eigenvalues",
+        MIXER,
+        "negative_eigenvalues=negative, ",
+        "",
+        OF_CONFIG,
+    ),
+    Mutation(
+        "float32 inside of a norm",
+        "nlx/nn/norm.py",
+        WIDE,
+        "wide = x",
+        OF_PRECISION,
+    ),
+    Mutation(
+        "float32 inside of a gate",
+        "nlx/nn/gate.py",
+        WIDE,
+        "wide = x",
+        OF_PRECISION,
+    ),
+    Mutation(
+        "float32 inside of a decay",
+        "nlx/nn/decay.py",
+        WIDE,
+        "wide = x",
+        OF_PRECISION,
+    ),
+    Mutation(
+        "float32 in rotary angles",
+        "nlx/nn/rotary.py",
+        "wide = jnp.promote_types(jnp.float32, x.dtype)",
+        "wide = x.dtype",
+        OF_PRECISION,
+    ),
+    Mutation(
+        "float32 in attention's softmax",
+        "nlx/nn/attention.py",
+        "    wide = jnp.promote_types(jnp.float32, dtype)\n",
+        "    wide = dtype\n",
+        OF_PRECISION,
     ),
 )
 

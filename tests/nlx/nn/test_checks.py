@@ -166,6 +166,7 @@ def learner(variant="nested"):
         ([1, 2], TypeError, "`clocks` is [1, 2]; it must be a sequence of `nlx.Clock`s."),
         (Clock(1), TypeError, "`clocks` is Clock(period=1, phase=0); it must be a sequence of"),
     ],
+    ids=["falling", "never", "integers", "one"],
 )
 def test_clocks_in_context(clocks, kind, sentence):
     with pytest.raises(kind, match=re.escape(sentence)):
