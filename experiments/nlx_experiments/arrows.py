@@ -115,7 +115,7 @@ def from_outer(axes: Axes, boxes: dict[Key, Box], handed: Handed) -> None:
             for n, (kind, of_kind) in enumerate(kinds):
                 x = left + (n + 1) / (len(kinds) + 1) * (right - left)
                 lower = 0.42 + (0.26 * n if right - left < 2 * PITCH else 0)
-                lower += 0.3 if key is not None and bottom - extent(group, boxes)[2] > 0.1 else 0
+                lower += 1.0 if key is not None and bottom - extent(group, boxes)[2] > HEIGHT else 0
                 arrows.append(Arrow(x, bottom, kind, of_kind, lower))
     if not arrows:
         return
