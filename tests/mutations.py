@@ -396,8 +396,8 @@ MUTATIONS = (
     ),
     Mutation(
         "the steps into functions when a wiring is traced",
-        "nlx/inspect/wiring.py",
-        "results = _reading(inner, marks)",
+        "nlx/inspect/tracing.py",
+        "results = _reading(inner, marks, attention, met)",
         "results = [False] * len(equation.outvars)",
         "nlx/inspect/test_wiring.py",
     ),
