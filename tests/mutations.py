@@ -33,6 +33,10 @@ WINDOWS = "kernels/nlx_kernels/_windows.py"
 HOPE = "kernels/nlx_kernels/self_modifying_memory/xla.py"
 OF_MLP, OF_HOPE = "kernels/test_mlp_memory.py", "kernels/test_self_modifying_memory.py"
 TRACES = "nlx/inspect/traces.py"
+DIAGRAM, HEATMAP, WHITEBOX = (
+    f"experiments/nlx_experiments/{name}.py" for name in ("diagram", "heatmap", "whitebox")
+)
+OF_PICTURES = "experiments/test_pictures.py"
 CMS, STREAM, OF_CMS = "nlx/nn/cms.py", "nlx/nn/continuum.py", "nlx/nn/test_continuum.py"
 LEARNER, LOOP = "experiments/nlx_experiments/learner.py", "experiments/nlx_experiments/loop.py"
 OF_TRAIN = "experiments/test_train.py"
@@ -291,11 +295,81 @@ MUTATIONS = (
         "kernels/test_cms_chain.py",
     ),
     Mutation(
-        "the erasing of the delta rule's own gradient in its eigenvalues",
+        "the erasing of a memory's own gradient in its eigenvalues",
         TRACES,
-        "        erase += rate\n",
-        "        pass\n",
+        "            if moves:\n                erased",
+        "            if False:\n                erased",
         "nlx/inspect/test_traces.py",
+    ),
+    Mutation(
+        "what an arrow of the white box says",
+        DIAGRAM,
+        "                parts.append(what)",
+        '                parts.append("wrong")',
+        OF_PICTURES,
+    ),
+    Mutation(
+        "the order of the white box's bands",
+        DIAGRAM,
+        "key=_pace)",
+        "key=_pace, reverse=True)",
+        OF_PICTURES,
+    ),
+    Mutation(
+        "the order of the white box's heat map",
+        HEATMAP,
+        "grid[tuple(places.T)] = values",
+        "grid[tuple(places.T)] = values[::-1]",
+        OF_PICTURES,
+    ),
+    Mutation(
+        "the retention that the white box draws",
+        HEATMAP,
+        "lambda t: t.retain",
+        "lambda t: t.age",
+        OF_PICTURES,
+    ),
+    Mutation(
+        "the inner surprise that the white box draws",
+        WHITEBOX,
+        "np.asarray(t.surprise)[0, 1:]",
+        "np.asarray(t.retain)[0, 1:]",
+        OF_PICTURES,
+    ),
+    Mutation(
+        "the order of the white box's columns",
+        WHITEBOX,
+        "(t.surprise, t.update, t.retain)",
+        "(t.update, t.surprise, t.retain)",
+        OF_PICTURES,
+    ),
+    Mutation(
+        "the least eigenvalue of the white box's table",
+        WHITEBOX,
+        "t.eigenvalues.low.min()",
+        "t.eigenvalues.low.max()",
+        OF_PICTURES,
+    ),
+    Mutation(
+        "where the white box's arrows end",
+        "experiments/nlx_experiments/arrows.py",
+        "bottom = boxes[key].y - HEIGHT / 2",
+        "pass",
+        OF_PICTURES,
+    ),
+    Mutation(
+        "that the white box follows what attention gives",
+        "nlx/inspect/tracing.py",
+        "results = [attention] if name == GIVEN else marks",
+        "results = marks",
+        "nlx/inspect/test_wiring.py",
+    ),
+    Mutation(
+        "the stages before a memory in an optimizer's chain",
+        "nlx/inspect/wiring.py",
+        "zip(chain[:at], states, strict=True)",
+        "zip(chain[:0], states, strict=False)",
+        "nlx/inspect/test_wiring.py",
     ),
     Mutation(
         "the momentum in the age of a memory",
@@ -334,8 +408,8 @@ MUTATIONS = (
     ),
     Mutation(
         "the steps into functions when a wiring is traced",
-        "nlx/inspect/wiring.py",
-        "results = _reading(inner, marks)",
+        "nlx/inspect/tracing.py",
+        "results = _reading(inner, marks, attention, met)",
         "results = [False] * len(equation.outvars)",
         "nlx/inspect/test_wiring.py",
     ),

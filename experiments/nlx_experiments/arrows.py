@@ -115,8 +115,10 @@ def from_outer(axes: Axes, boxes: dict[Key, Box], handed: Handed) -> None:
             for n, (kind, of_kind) in enumerate(kinds):
                 x = left + (n + 1) / (len(kinds) + 1) * (right - left)
                 lower = 0.42 + (0.26 * n if right - left < 2 * PITCH else 0)
-                lower += 0.3 if key is not None and bottom - extent(group, boxes)[2] > 0.1 else 0
+                lower += 1.0 if key is not None and bottom - extent(group, boxes)[2] > HEIGHT else 0
                 arrows.append(Arrow(x, bottom, kind, of_kind, lower))
+    if not arrows:
+        return
     box, start = boxes[outer], boxes[outer].y + HEIGHT / 2
     room = min(arrow.bottom for arrow in arrows) - 1.15 - (start + 0.55)
     far = sorted(arrows, key=lambda arrow: -abs(arrow.x - box.x))  # the farther, the lower
@@ -163,11 +165,15 @@ def across(axes: Axes, boxes: dict[Key, Box], handed: Handed) -> None:
                     y = bottom if key is None else boxes[key].y - HEIGHT / 2
                     level = box.y - HEIGHT / 2 - 0.3
                     points = [(box.x, box.y - HEIGHT / 2), (box.x, level), (x, level), (x, y)]
-                kind, told = next(iter(_kinds(words))), ", ".join(words)
+                kind, told = next(iter(_kinds(words))), ", ".join(_kinds(words).values())
                 axes.plot(*zip(*points[:-1], strict=True), color=COLOUR[kind], linewidth=1.4)
                 axes.annotate("", points[-1], points[-2], arrowprops=_style(COLOUR[kind]))
-                (x0, y0), (x1, y1) = points[-3:-1] if len(points) > 2 else points
-                _words(axes, (x0 + x1) / 2, (y0 + y1) / 2 + 0.2, told, kind)
+                place = points[-2][0], points[-2][1] + 0.2
+                if len(points) == 2:
+                    place = (points[0][0] + points[1][0]) / 2, box.y + 0.2
+                elif len(points) == 4:
+                    place = x + 0.45, (points[-1][1] + points[-2][1]) / 2
+                _words(axes, *place, told, kind)
 
 
 def from_gradients(axes: Axes, boxes: dict[Key, Box], handed: Handed, y: float) -> None:
@@ -205,7 +211,7 @@ def _arrow(axes: Axes, a: Box, b: Box, parts: Sequence[str], both: bool) -> None
     words = (
         ", ".join(parts).replace("retain, ", "retain,\n") if len(parts) > 3 else ", ".join(parts)
     )
-    y += (HEIGHT / 2 + 0.2) if a.y == b.y else 0.25 * side
+    y += (HEIGHT / 2 + 0.2) if a.y == b.y else -0.25 * side
     _words(axes, x, y, words, kind)
 
 

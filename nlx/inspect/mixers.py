@@ -39,7 +39,7 @@ def of_mixer(mixer: Any, prefix: str, width: int) -> list[Link]:
     prefix: its path. width: channels of its input.
     """
     full = lambda *path: starred(".".join(filter(None, (prefix, *map(str, path)))))
-    modules = list(nnx.iter_modules(mixer))
+    modules: list[tuple[tuple, Any]] = list(nnx.iter_modules(mixer))
     attentions = [full(*path) for path, module in modules if isinstance(module, Attention)]
     found = [
         Link(OUTER, full(*path), "context")

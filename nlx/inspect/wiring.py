@@ -80,17 +80,15 @@ def stored(thing: Any, params: Any) -> list[Stored]:
         sources, told = _of_rule(own)
         for level, association in told.items():
             if isinstance(association, Association):
-                parts = []
-                for part in ("key", "value"):
-                    target = (own.full(level), part)
-                    of = [link.source for link in sources if link[1:] == target]
-                    parts.append(_words(getattr(association, part), of, own.gradient))
-                key = (
-                    parts[0]
-                    if any(link[1:] == (own.full(level), "key") for link in sources)
-                    else "none"
+                of = {
+                    part: [link.source for link in sources if link[1:] == (own.full(level), part)]
+                    for part in ("key", "value")
+                }
+                words = lambda part, told=association, of=of, own=own: _words(
+                    getattr(told, part), of[part], own.gradient
                 )
-                found.append(Stored(own.full(level), key, parts[1]))
+                key = words("key") if of["key"] else "none"
+                found.append(Stored(own.full(level), key, words("value")))
     return list(dict.fromkeys(found))
 
 

@@ -253,10 +253,14 @@ def attend(parts: list[Part]) -> Float[Array, "b t h d"]:
     What it reads and gives is named, so that `nlx.inspect.wiring` finds it in a trace.
     """
     parts = [
-        Part(*(checkpoint_name(array, name) for array, name in zip(part, READ, strict=False)),
-             part.seen)
+        Part(
+            checkpoint_name(part.query, READ[0]),
+            checkpoint_name(part.key, READ[1]),
+            checkpoint_name(part.value, READ[2]),
+            part.seen,
+        )
         for part in parts
-    ]  # fmt: skip
+    ]
     b, t, heads, d = parts[0].query.shape
     dtype = parts[0].query.dtype
     wide = jnp.promote_types(jnp.float32, dtype)
