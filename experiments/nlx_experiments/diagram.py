@@ -4,6 +4,7 @@
 import itertools
 import pathlib
 from collections.abc import Sequence
+from typing import Any
 
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
@@ -132,7 +133,7 @@ def _box(axes: Axes, box: Box, itself: Sequence[str]) -> None:
     lines.append(f"{row.copies} × {row.parameters // row.copies:,}")
     lines += [f"↺ {', '.join(itself)}"] * bool(itself)
     size = min(10, 140 / len(box.label))
-    text = dict(ha="center", va="center", zorder=4)
+    text: dict[str, Any] = dict(ha="center", va="center", zorder=4)
     axes.text(box.x, box.y + 0.43, box.label, fontsize=size, weight="bold", **text)
     for n, line in enumerate(lines):
         size = min(7, 160 / len(line))
