@@ -2,10 +2,11 @@
 """`nlx bench`: every op, implementation and shape against what the device reaches at best.
 
 command    nlx bench [--ops linear_memory ...] [--shapes batch ...] [--implementations xla ...]
-           nlx bench --ahead-of-time h200     compiles instead, for a GPU that is not there
+           nlx bench --ahead-of-time h200            compiles instead, for a GPU that is not there
+           nlx bench --ahead-of-time tpu:v5p:2x2x1   or for TPUs
 shows      median milliseconds, nanoseconds a token and head, TFLOP/s and GB/s by the formulas of
            `bench_ops`, and their share of a measured matrix product and a measured copy; ahead of
-           time: seconds to compile, memory, registers, bytes spilled
+           time: seconds to compile, memory, registers and bytes spilled, or fast memory (VMEM)
 takes      some seconds for each line, most of them to compile
 """
 
@@ -18,7 +19,8 @@ from typing import Any
 
 import jax
 import matplotlib.pyplot as plt
-from nlx_kernels import Implementation
+from nlx_kernels import Implementation, ahead_of_time, ahead_of_time_gpu
+from nlx_kernels.ahead_of_time_gpu import TARGETS
 
 from nlx_experiments import bench_ops, report, runs
 from nlx_experiments.console import say
@@ -36,7 +38,7 @@ class Bench:
       ops: names of ops; empty: all.
       shapes: names of shapes, of `BENCH` in an op's shapes.py; empty: "cpu", or on a GPU "batch".
       implementations: what is timed; empty: what None chooses.
-      ahead_of_time: h100 or h200: compile for it, time nothing.
+      ahead_of_time: h100, h200, or TPUs such as tpu:v5p:2x2x1: compile for it, time nothing.
       out: folder for bench.json, bench.md and bench.png.
       record: with `ahead_of_time`, keep registers and spills as what tests compare with.
     """
@@ -118,13 +120,13 @@ def measure(
 
 
 def compile_(options: Bench, chosen: list[tuple[str, str, bench_ops.Workload]]) -> None:
-    """Compiles every workload for a GPU that is not there."""
-    from nlx_kernels import ahead_of_time_gpu
-
-    if options.ahead_of_time not in GPUS:
-        raise Refused(f"`ahead_of_time` is {options.ahead_of_time!r}; it must be h100 or h200.")
-    if (package := ahead_of_time_gpu.missing()) is not None:
-        raise Refused(f'{package} is not installed; it must be: pip install "nlx[aot]".')
+    """Compiles every workload for a device that is not there."""
+    target = options.ahead_of_time or ""
+    compiler = _for_gpu if target in GPUS else _for_tpu if target.startswith("tpu:") else None
+    if compiler is None:
+        raise Refused(
+            f"`ahead_of_time` is {target!r}; it must be h100, h200, or TPUs such as tpu:v5p:2x2x1."
+        )
     kernels: dict[str, dict[str, int]] = {}
     found = []
     for op, shape, workload in chosen:
@@ -133,21 +135,38 @@ def compile_(options: Bench, chosen: list[tuple[str, str, bench_ops.Workload]]) 
         for implementation in options.implementations or (None,):
             for which, run in bench_ops.passes(workload, implementation).items():
                 slope = () if which == bench_ops.PASSES[0] else (y,)
-                got = ahead_of_time_gpu.compile_for_gpu(
-                    run, arguments, *slope, target=options.ahead_of_time
-                )
-                kernels |= {name: kernel._asdict() for name, kernel in got.kernels.items()}
+                got, takes = compiler(target, run, arguments, *slope)
+                kernels |= takes
                 found.append(
                     {"op": op, "shape": shape, "implementation": implementation or "None"}
-                    | {"pass": which, "seconds": got.seconds}
-                    | {"temporaries MiB": got.temporaries / 2**20}
-                    | {n: f"{k.registers}, {k.spilled}" for n, k in got.kernels.items()}
+                    | {"pass": which, "seconds": round(got.seconds, 1)}
+                    | {"temporaries MiB": round(got.temporaries / 2**20, 1)}
+                    | {n: ", ".join(f"{v:,} {k}" for k, v in t.items()) for n, t in takes.items()}
                 )
                 say("  ".join(f"{name} {value}" for name, value in found[-1].items()))
     runs.write_json(options.out / "ahead_of_time.json", {"lines": found, "kernels": kernels})
-    if options.record:
-        path = ahead_of_time_gpu.TARGETS / "compiled.json"
+    if options.record and target in GPUS:
+        path = TARGETS / "compiled.json"
         runs.write_whole(path, json.dumps(json.loads(path.read_text()) | kernels, indent=1) + "\n")
+
+
+Takes = dict[str, dict[str, int]]  # kernel -> what it takes
+
+
+def _for_gpu(target: str, run: Any, *arguments: Any) -> tuple[ahead_of_time_gpu.Report, Takes]:
+    """Registers of a thread and bytes spilled."""
+    if (package := ahead_of_time_gpu.missing()) is not None:
+        raise Refused(f'{package} is not installed; it must be: pip install "nlx[aot]".')
+    got = ahead_of_time_gpu.compile_for_gpu(run, *arguments, target=target)
+    return got, {name: kernel._asdict() for name, kernel in got.kernels.items()}
+
+
+def _for_tpu(target: str, run: Any, *arguments: Any) -> tuple[ahead_of_time.Report, Takes]:
+    """Bytes of fast memory."""
+    if not ahead_of_time.available():
+        raise Refused('libtpu is not installed; it must be: pip install "nlx[aot]".')
+    got = ahead_of_time.compile_for_tpu(run, *arguments, topology=target.removeprefix("tpu:"))
+    return got, {name: {"VMEM": held} for name, held in got.kernels.items()}
 
 
 def plot(path: pathlib.Path, found: list[dict[str, Any]]) -> None:

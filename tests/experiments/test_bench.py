@@ -7,6 +7,7 @@ import jax
 import pytest
 from nlx_experiments import bench, bench_fla, bench_ops
 from nlx_experiments.errors import Refused
+from nlx_kernels import ahead_of_time
 from nlx_kernels.linear_memory.shapes import Shape
 
 TINY = {"linear_memory": {"cpu": bench_ops.linear(Shape(1, 8, 2, 4, 4))}}
@@ -46,7 +47,7 @@ def test_bench_times_and_writes(tmp_path, monkeypatch, capsys):
     [
         (dict(ops=("nonsense",)), "there is no op 'nonsense' to time"),
         (dict(shapes=("nonsense",)), "no op has a shape called 'nonsense'"),
-        (dict(ahead_of_time="h900"), "`ahead_of_time` is 'h900'; it must be h100 or h200"),
+        (dict(ahead_of_time="h900"), "`ahead_of_time` is 'h900'; it must be h100, h200, or TPUs"),
     ],
 )
 def test_what_is_refused(options, sentence, tmp_path):
@@ -62,3 +63,14 @@ def test_the_check_against_the_reference_finds_a_difference():
     assert max(bench_fla._distance(one[n], other[n]) for n in other) < 1e-5
     changed = other | {"dk": other["dk"] * 1.01}
     assert bench_fla._distance(one["dk"], changed["dk"]) > 5e-3
+
+
+@pytest.mark.skipif(not ahead_of_time.available(), reason='needs libtpu: pip install "nlx[aot]"')
+def test_ahead_of_time_for_tpus(tmp_path):
+    options = bench.Bench(
+        ops=("linear_memory",), shapes=("cpu",), ahead_of_time="tpu:v5e:2x2", out=tmp_path
+    )
+    bench.main(options)
+    found = json.loads((tmp_path / "ahead_of_time.json").read_text())
+    assert set(found["kernels"]) == {"linear_memory", "linear_memory_backward"}
+    assert all(takes["VMEM"] > 0 for takes in found["kernels"].values())
