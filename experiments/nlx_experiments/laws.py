@@ -7,7 +7,7 @@ shows      for each architecture the worst deviation from each law: float64 and 
            one token for ever; and whether it passes its per-token NumPy references in tests/.
            "In context": every row's CMS blocks learn from its own tokens, one at a time, and the
            finite differences go through those writes
-takes      about 10 minutes on two cores
+takes      about 15 minutes on two cores
 expects    yes in the last column of every row
 """
 
