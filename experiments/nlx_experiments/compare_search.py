@@ -5,7 +5,6 @@ All seeds, learning rates, schedules and settings of an optimizer are inputs of 
 function: a batch of whole trainings.
 """
 
-import json
 import math
 import statistics
 import time
@@ -19,7 +18,7 @@ import numpy as np
 import optax
 
 from nlx import optim
-from nlx_experiments import runs
+from nlx_experiments.cells import Store
 from nlx_experiments.compare_rules import Rule
 from nlx_experiments.compare_tasks import Task
 from nlx_experiments.console import StopRequest
@@ -59,23 +58,6 @@ class Cell(NamedTuple):
     def rate(self) -> float:
         """The learning rate."""
         return 10 ** (self.exponent / TO_A_DECADE)
-
-
-class Store:
-    """The finished cells of a run folder, by what they are."""
-
-    def __init__(self, run: runs.Run):
-        """Reads what is there; a line that a killed process left unfinished is dropped."""
-        path = run.folder / "cells.jsonl"
-        records = runs.read_lines(path)
-        runs.write_whole(path, "".join(json.dumps(r) + "\n" for r in records))
-        self.path, self.known = path, {r["what"]: r for r in records}
-
-    def add(self, record: Mapping[str, Any]) -> None:
-        """Keeps a cell, on disk too."""
-        self.known[record["what"]] = dict(record)
-        with open(self.path, "a") as stream:
-            runs.append(stream, [record])
 
 
 class Contest:

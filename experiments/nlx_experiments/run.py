@@ -56,7 +56,16 @@ def inspect(argv: list[str]) -> None:
 
 def experiment(argv: list[str]) -> None:
     """Runs a named experiment."""
-    from nlx_experiments import compare_optimizers, demo, demo_check, laws, sizes, stream
+    from nlx_experiments import (
+        compare_optimizers,
+        demo,
+        demo_check,
+        laws,
+        recall,
+        sizes,
+        state_tracking,
+        stream,
+    )
 
     experiments = {
         "demo": (demo.Demo, demo.main),
@@ -64,7 +73,11 @@ def experiment(argv: list[str]) -> None:
         "laws": (laws.Laws, laws.main),
         "optimizers": (compare_optimizers.CompareOptimizers, compare_optimizers.main),
         "optimizers-tiny": (compare_optimizers.Tiny, compare_optimizers.main),
+        "recall": (recall.Recall, recall.main),
+        "recall-tiny": (recall.Tiny, recall.main),
         "sizes": (sizes.Sizes, sizes.main),
+        "state-tracking": (state_tracking.StateTracking, state_tracking.main),
+        "state-tracking-tiny": (state_tracking.Tiny, state_tracking.main),
         "stream": (stream.Stream, stream.main),
         "stream-tiny": (stream.Tiny, stream.main),
     }

@@ -83,7 +83,9 @@ def _inverse(a: Float[Array, "*n c c"]) -> Float[Array, "*n c c"]:
     m = c // 2
     if c % 2:
         return _inverse(jnp.pad(a, [(0, 0)] * (a.ndim - 2) + [(0, 1)] * 2))[..., :c, :c]
-    first, second = _inverse(jnp.stack([a[..., :m, :m], a[..., m:, m:]]))
+    # Side by side behind the other axes: with a `vmap` between them XLA (jax 0.11.2, CPU) aborts.
+    both = _inverse(jnp.stack([a[..., :m, :m], a[..., m:, m:]], -3))
+    first, second = both[..., 0, :, :], both[..., 1, :, :]
     below = -exact_product(second, exact_product(a[..., m:, :m], first))
     left = jnp.concatenate([first, below], -2)
     return jnp.concatenate([left, jnp.concatenate([jnp.zeros_like(below), second], -2)], -1)

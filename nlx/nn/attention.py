@@ -82,7 +82,7 @@ class Attention(nnx.Module):
         heads: int,
         kv_heads: int | None = None,
         window: int | None = None,
-        theta: float = 10_000.0,
+        theta: float | None = 10_000.0,
         rngs: nnx.Rngs,
     ):
         """Draws the four maps.
@@ -92,7 +92,8 @@ class Attention(nnx.Module):
           heads: query heads, each of width / heads channels.
           kv_heads: key and value heads, a divisor of `heads`; None: `heads`.
           window: tokens that each one sees, itself included; None: all before it.
-          theta: wavelength of the slowest rotation is about 2 pi theta tokens.
+          theta: wavelength of the slowest rotation is about 2 pi theta tokens; None: no rotation,
+            so that order is seen only through who sees whom.
 
         Raises:
           ValueError: sizes below 1, or that do not divide.

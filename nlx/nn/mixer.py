@@ -44,7 +44,12 @@ def make_mixer(config: ModelConfig, name: MixerName, *, rngs: nnx.Rngs) -> Mixer
     match name:
         case "attention":
             return Attention(
-                width, heads=heads, kv_heads=config.kv_heads, window=config.window, rngs=rngs
+                width,
+                heads=heads,
+                kv_heads=config.kv_heads,
+                window=config.window,
+                theta=10_000.0 if config.rotary else None,
+                rngs=rngs,
             )
         case "retnet":
             return RetNet(width, heads=heads, rngs=rngs)

@@ -80,7 +80,7 @@ class LanguageModel(nnx.Module):
           ValueError, TypeError: one sentence, before anything is compiled.
         """
         self._check(tokens, state, segment_ids)
-        x, after = self._scan_blocks(self.embed(tokens), state, segment_ids)
+        x, after = self.mix(self.embed(tokens), state, segment_ids)
         return self.read_out(x), after
 
     def embed(self, tokens: Int[Array, "b t"]) -> Float[Array, "b t d"]:
@@ -93,8 +93,16 @@ class LanguageModel(nnx.Module):
         scores = self.embedding.scores(x) if self.readout is None else self.readout(x)
         return scores.astype(jnp.promote_types(jnp.float32, scores.dtype))
 
-    def _scan_blocks(self, x, state: ModelState | None, segment_ids):
-        """All blocks in order: those of one pattern are compiled, and scanned over its repeats."""
+    def mix(
+        self,
+        x: Float[Array, "b t d"],
+        state: ModelState | None = None,
+        segment_ids: Int[Array, "b t"] | None = None,
+    ) -> tuple[Float[Array, "b t d"], ModelState]:
+        """All blocks in order, from what `embed` gave to what `read_out` takes.
+
+        Those of one pattern are compiled, and scanned over its repeats.
+        """
         period = len(self.config.mixers)
         repeats = lambda blocks: [blocks[n::period] for n in range(period)]
         stack = lambda trees: jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)

@@ -46,6 +46,8 @@ class ModelConfig:
     """Key and value heads of attention; None: as many as heads."""
     window: int | None = None
     """Tokens that attention sees, itself included; None: all before it, or `context` in Titans."""
+    rotary: bool = True
+    """Whether attention turns queries and keys by their positions; not that of Titans."""
     negative_eigenvalues: bool = False
     """Whether DeltaNet writes with rates up to 2, not 1: it can then track parity."""
     hidden: int

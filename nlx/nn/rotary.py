@@ -28,9 +28,14 @@ def turn(x: Float[Array, "b t h d"], angle: Float[Array, "b t f"]) -> Float[Arra
 
 
 def rotate(
-    x: Float[Array, "b t h d"], position: Int[Array, "b t"], theta: float
+    x: Float[Array, "b t h d"], position: Int[Array, "b t"], theta: float | None
 ) -> Float[Array, "b t h d"]:
-    """Turns channel pairs (i, i + d/2) by position / theta^(2 i / d); at least float32 inside."""
+    """Turns channel pairs (i, i + d/2) by position / theta^(2 i / d); at least float32 inside.
+
+    theta: None turns nothing.
+    """
+    if theta is None:
+        return x
     wide = jnp.promote_types(jnp.float32, x.dtype)
     speed = speeds(x.shape[-1], theta, wide)
     return turn(x, jnp.einsum("bt,f->btf", position.astype(wide), speed))

@@ -1,0 +1,207 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`nlx run recall`: what a memory of a given size holds.
+
+command    nlx run recall [--only TASK ...] [--models MODEL ...]
+           nlx run recall-tiny: next to nothing of it, in seconds
+shows      the share of answers that are right, at equal bytes of state and equal parameters: MAD's
+           five tasks (Poli et al., 2024; Behrouz et al., 2025, Table 4), and multi-query recall
+           of more and more pairs with states of one, two and four times the bytes
+takes      see README.md; stopped at any moment, the same command goes on
+expects    see README.md
+
+A model's state is what one row carries to the next token, convolutions included, after its last
+chunk. Linear memories have one head and the width that comes nearest to the bytes; Titans and Hope
+have a width of 64 and the hidden units that do; then `hidden` of the feed-forward makes parameters
+equal. Attention keeps every token: its state grows, so it is shown as what is possible, and the
+bytes it takes at the end of a row are in the table.
+"""
+
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from flax import nnx
+
+from nlx import nn
+from nlx_experiments import recall_tasks as tasks
+from nlx_experiments import sequence_experiment as experiment
+from nlx_experiments.sequence_contest import Plan, equal
+from nlx_experiments.sequence_experiment import Options, Row
+from nlx_experiments.sequence_tasks import Task
+
+# Behrouz et al. (2025), Nested Learning, Table 4, in percent.
+PAPER: Mapping[str, tuple[float, ...]] = {
+    "transformer": (49.4, 100, 47.9, 96.2, 83.7),
+    "titans": (49.8, 100, 50.0, 99.4, 83.4),
+    "hope": (51.2, 100, 52.1, 99.7, 85.2),
+}
+MAD = ("compression", "in-context recall", "fuzzy recall", "selective copying", "memorization")
+LENGTH = 64
+STATE = 32 * 2**10
+PARAMETERS = 80_000
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Recall(Options):
+    """MAD's tasks and multi-query recall, at equal bytes of state."""
+
+    runs: pathlib.Path = pathlib.Path("runs/recall")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tiny(Recall):
+    """Two tasks with two models, a few steps: does everything work?"""
+
+    runs: pathlib.Path = pathlib.Path("runs/recall-tiny")
+    place: pathlib.Path = pathlib.Path("runs/recall-tiny")
+
+
+def main(options: Recall) -> dict[str, Any]:
+    """Runs what is not known yet; writes table, picture and numbers."""
+    rows = tiny() if isinstance(options, Tiny) else full()
+    return experiment.run(options, "recall", rows, shown, measure="tokens")
+
+
+@functools.cache
+def state_bytes(config: nn.ModelConfig, tokens: int = LENGTH) -> int:
+    """What a row's state takes."""
+    make = lambda: nn.LanguageModel(config, rngs=nnx.Rngs(0)).init_state(1, tokens)
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(jax.eval_shape(make)))
+
+
+def contestants(
+    vocabulary: int, state: int, parameters: int, chunk: int = LENGTH
+) -> dict[str, dict[str, nn.ModelConfig]]:
+    """Models whose states come nearest to `state` bytes, with `parameters` parameters."""
+
+    def config(mixer: Any, **fields: Any) -> nn.ModelConfig:
+        kind = "cms" if mixer == "self_modifying" else "swiglu"
+        rest: dict[str, Any] = dict(vocabulary=2, layers=1, hidden=1, cms_periods=(1,))
+        given = dict(width=64, heads=1, chunk_size=chunk, projection_chunk_size=chunk)
+        return nn.ModelConfig(mixer=mixer, feed_forward=kind, **rest, **{**given, **fields})
+
+    def whole(made: nn.ModelConfig) -> nn.ModelConfig:
+        return equal(dataclasses.replace(made, vocabulary=vocabulary), parameters)
+
+    def wide(mixer: Any, **fields: Any) -> nn.ModelConfig:
+        """The width that comes nearest."""
+        made = [config(mixer, **fields, width=width) for width in range(16, 129, 8)]
+        return whole(min(made, key=lambda c: abs(state_bytes(c) - state)))
+
+    def deep(mixer: Any, **fields: Any) -> nn.ModelConfig:
+        """The hidden units that come nearest: each takes as many bytes."""
+        sizes = [state_bytes(config(mixer, **fields, memory_hidden=n)) for n in (1, 2)]
+        units = 1 + round((state - sizes[0]) / (sizes[1] - sizes[0]))
+        return whole(config(mixer, **fields, memory_hidden=max(1, units)))
+
+    lean = dict(erase=False, retain=False, momentum=False)
+    return {
+        "hope": {"delta": deep("self_modifying"), "additive": deep("self_modifying", **lean)},
+        "titans": {
+            "momentum": deep("titans_lmm"),
+            "no momentum": deep("titans_lmm", momentum=False),
+        },
+        "deltanet": {
+            "rates to 1": wide("deltanet"),
+            "rates to 2": wide("deltanet", negative_eigenvalues=True),
+        },
+        "gated deltanet": {"": wide("gated_deltanet")},
+        "ttt": {f"linear, C = {n}": wide("ttt_linear", chunk_size=n) for n in (16, chunk)},
+        "transformer": {"rotary": whole(config("attention", heads=2))},
+    }
+
+
+def full() -> dict[str, Row]:
+    """MAD's tasks at one size of state, multi-query recall at three."""
+    plan = Plan(
+        bins={"fresh": (LENGTH, LENGTH)},
+        shortest=LENGTH,
+        stages=((0, LENGTH),),
+        steps=800,
+        rates=(3e-3, 1e-2),
+        decay=True,
+        round_to=LENGTH,
+    )
+    mad = {
+        "compression": tasks.compression(),
+        "in-context recall": tasks.recall(),
+        "fuzzy recall": tasks.fuzzy_recall(),
+        "selective copying": tasks.selective_copying(),
+        "memorization": tasks.memorization(),
+    }
+    rows = {n: row(task, plan, STATE, PARAMETERS) for n, task in mad.items()}
+    for pairs, state in ((4, STATE), (8, STATE), (16, STATE), (16, STATE // 2), (16, 2 * STATE)):
+        name = f"{pairs} pairs, {state // 2**10} KiB"
+        rows[name] = row(tasks.multi_query(pairs, 32, 32), plan, state, PARAMETERS)
+    return rows
+
+
+def row(task: Task, plan: Plan, state: int, parameters: int) -> Row:
+    """A task for models of its own vocabulary."""
+    chunk = plan.stages[-1][1]
+    return Row(task, plan, contestants(task.vocabulary, state, parameters, chunk))
+
+
+def tiny() -> dict[str, Row]:
+    """Rows of 8, states of 2 KiB."""
+    plan = Plan(
+        bins={"fresh": (8, 8)}, shortest=8, stages=((0, 8),), steps=2, every=1, seeds=1, rows=4,
+        rates=(1e-2,), validated=4, tested=8, round_to=8,
+    )  # fmt: skip
+    few = lambda task: Row(
+        task,
+        plan,
+        {
+            name: dict(list(variants.items())[:1])
+            for name, variants in contestants(task.vocabulary, 2**11, 9_000, 8).items()
+            if name in ("hope", "deltanet")
+        },
+    )
+    return {"compression": few(tasks.compression()), "2 pairs": few(tasks.multi_query(2, 8, 8))}
+
+
+def shown(results: Mapping[str, Any]) -> str:
+    """Means over seeds, and the verdict."""
+
+    def cell(task: str, model: str, found: Mapping[str, Any]) -> str:
+        paper = PAPER[model][MAD.index(task)] if model in PAPER and task in MAD else None
+        ours = experiment.interval(found["fresh"]["tokens"])
+        return ours if paper is None else f"{ours} [{paper:g}]"
+
+    chance = ", ".join(f"{n} {100 * r['chance']['fresh']:.1f}" for n, r in results.items())
+    parts = [
+        "Answers that are right, in percent, mean of the seeds (lowest to highest); in square "
+        "brackets Table 4 of the paper, whose rows and models are larger:",
+        experiment.table(results, cell).markdown(),
+        f"Chance: {chance}.",
+        *verdicts(results),
+        "The whole grid:",
+        experiment.grid(results, "tokens").markdown(),
+    ]
+    return "\n\n".join(parts)
+
+
+def verdicts(results: Mapping[str, Any]) -> list[str]:
+    """Hope against each rival: the mean over cells, and in how many it is at least level."""
+    means = {
+        task: {
+            model: sum(shares := experiment.best(v)[1]["fresh"]["tokens"]) / len(shares)
+            for model, v in row["models"].items()
+        }
+        for task, row in results.items()
+    }
+    lines = []
+    for rival in ("titans", "deltanet", "gated deltanet", "ttt"):
+        both = [(m["hope"], m[rival]) for m in means.values() if "hope" in m and rival in m]
+        if not both:
+            continue
+        level = sum(hope >= other - 5e-3 for hope, other in both)
+        ours, theirs = (100 * sum(side) / len(both) for side in zip(*both, strict=True))
+        lines.append(
+            f"Hope against {rival}: {ours:.1f} to {theirs:.1f} in the mean; at least level (within "
+            f"half a point) in {level} of {len(both)} cells."
+        )
+    return lines

@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One model on one sequence task, by one protocol for all: trained, chosen, examined afresh.
+
+A cell is every seed at every learning rate, trained at once on the same stream of fresh rows. Of
+each training the weights that did best on validation rows are kept; it ends early once one rate has
+every seed right everywhere. The rate is chosen on validation rows too; what is reported is measured
+on rows that were drawn for nothing else.
+"""
+
+import dataclasses
+import itertools
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from nlx import nn
+from nlx_experiments import sequence_learner
+from nlx_experiments.console import StopRequest
+from nlx_experiments.errors import Stopped
+from nlx_experiments.sequence_learner import Scores
+from nlx_experiments.sequence_tasks import Batch, Task, chance, padded
+
+TRAINED, VALIDATED, TESTED = 0, 1, 2  # streams of rows
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    """How every model is trained on a task, and examined."""
+
+    bins: Mapping[str, tuple[int, int]]
+    """Name -> shortest and longest rows of an examination; the last decides which weights stay."""
+    shortest: int
+    """Of the rows trained on."""
+    stages: tuple[tuple[int, int], ...]
+    """(step from which it holds, longest rows trained on)."""
+    steps: int
+    """At most."""
+    rates: tuple[float, ...] = (3e-3, 1e-2)
+    """Learning rates tried."""
+    seeds: int = 3
+    """Trainings of each rate."""
+    rows: int = 32
+    """In a step."""
+    noise: float = 0.0
+    """On the embedded symbols while training; see `sequence_learner.make`."""
+    decay: bool = False
+    """Whether the rate falls."""
+    every: int = 100
+    """Steps between two validations."""
+    validated: int = 128
+    """Rows of a bin, to choose weights and rates on."""
+    tested: int = 512
+    """Rows of a bin, for what is reported."""
+    round_to: int = 64
+    """Rows are filled up to multiples of it, so that little is compiled."""
+
+
+def measure(
+    name: str,
+    task: Task,
+    config: nn.ModelConfig,
+    plan: Plan,
+    stop: StopRequest | None = None,
+    watch: Callable[[int, Mapping[str, Scores]], None] = lambda step, scores: None,
+) -> dict[str, Any]:
+    """Trains and examines; what a cell's record holds, apart from what it is.
+
+    watch: told of every validation, (steps taken, bin -> scores of all trainings).
+
+    Returns:
+      "rates": rate -> bin -> {"rows", "tokens"}: shares right on the test rows, by seed, and
+      "validation", the mean over seeds and bins that rates are compared by; "rate": the best one;
+      "steps" taken; "seconds"; "parameters"; "chance": bin -> share of the most frequent answer.
+
+    Raises Stopped where a signal came: a cell is whole or not there.
+    """
+    begun = time.monotonic()
+    learners = sequence_learner.make(
+        config,
+        steps=plan.steps,
+        noise=plan.noise,
+        decay=plan.decay,
+        features=task.features,
+        decoded=plan.stages[-1][1] if task.compressed else 0,
+    )
+    pairs = list(itertools.product(plan.rates, range(plan.seeds)))
+    rates = jnp.asarray([rate for rate, _ in pairs], jnp.float32)
+    seeds = jnp.asarray([seed for _, seed in pairs], jnp.uint32)
+    state, keys = learners.init(seeds), jax.vmap(jax.random.key)(seeds)
+    checks = {b: _rows(task, plan, VALIDATED, b) for b in plan.bins}
+    stream = np.random.default_rng((TRAINED, _number(task.name)))
+    kept = jax.tree.map(jnp.copy, state.params), np.full(len(pairs), -1.0)
+    step, solved = 0, False
+    while step < plan.steps and not solved:
+        count = min(plan.every, plan.steps - step)
+        longest = [length for since, length in plan.stages if step >= since][-1]
+        draw = lambda longest=longest: _filled(
+            task.draw(stream, plan.rows, plan.shortest, longest), plan
+        )
+        batches = sequence_learner.stacked([draw() for _ in range(count)])
+        state, _ = learners.learn(state, rates, keys, batches)
+        step += count
+        scores = {b: learners.score(state.params, rows) for b, rows in checks.items()}
+        watch(step, scores)
+        found = list(scores.values())
+        value = sum(s.rows + 1e-3 * s.tokens for s in found) / len(found) + found[-1].rows
+        kept = sequence_learner.better((state.params, value), kept)
+        solved = bool(_by_rate(kept[1] >= 2 + 1e-3 - 1e-6, plan).all(1).any())
+        if stop is not None and stop.received is not None:
+            raise Stopped(
+                f"{stop.received.name}: {name} was not finished and begins anew; all before it is "
+                "kept, the same command goes on from there.",
+                stop.received,
+            )
+    exams = {b: _rows(task, plan, TESTED, b) for b in plan.bins}
+    results = {b: learners.score(kept[0], rows) for b, rows in exams.items()}
+    validation = _by_rate(kept[1], plan).mean(1)
+    by_rate = {
+        f"{rate:g}": {
+            "validation": float(validation[n]),
+            **{
+                b: {"rows": _listed(s.rows, plan)[n], "tokens": _listed(s.tokens, plan)[n]}
+                for b, s in results.items()
+            },
+        }
+        for n, rate in enumerate(plan.rates)
+    }
+    return {
+        "rates": by_rate,
+        "rate": f"{plan.rates[int(validation.argmax())]:g}",
+        "steps": step,
+        "seconds": round(time.monotonic() - begun, 1),
+        "parameters": learners.parameters,
+        "chance": {b: round(chance(rows), 4) for b, rows in exams.items()},
+    }
+
+
+def equal(config: nn.ModelConfig, parameters: int) -> nn.ModelConfig:
+    """The configuration with the `hidden` that brings its parameters nearest to a number."""
+    least, more = (
+        sequence_learner.count(dataclasses.replace(config, hidden=hidden)) for hidden in (1, 2)
+    )
+    hidden = 1 + round((parameters - least) / (more - least))
+    return dataclasses.replace(config, hidden=max(1, hidden))
+
+
+def _rows(task: Task, plan: Plan, stream: int, name: str) -> Batch:
+    """The rows of an examination, the same for every model."""
+    generator = np.random.default_rng((stream, _number(task.name), _number(name)))
+    count = plan.validated if stream == VALIDATED else plan.tested
+    return _filled(task.draw(generator, count, *plan.bins[name]), plan)
+
+
+def _filled(batch: Batch, plan: Plan) -> Batch:
+    return padded(batch, plan.round_to * -(-batch.tokens.shape[1] // plan.round_to))
+
+
+def _number(text: str) -> int:
+    """A seed of its own for every name."""
+    return int.from_bytes(text.encode(), "big")
+
+
+def _by_rate(values: np.ndarray, plan: Plan) -> np.ndarray:
+    return np.asarray(values).reshape(len(plan.rates), plan.seeds)
+
+
+def _listed(values: np.ndarray, plan: Plan) -> list[list[float]]:
+    return [[round(float(v), 4) for v in row] for row in _by_rate(values, plan)]

@@ -1,0 +1,245 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Models x sequence tasks: runs what is not known yet, and makes table, picture and numbers."""
+
+import dataclasses
+import hashlib
+import pathlib
+import statistics
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import matplotlib.pyplot as plt
+import numpy as np
+
+from nlx import nn
+from nlx_experiments import report, runs
+from nlx_experiments import sequence_contest as contest
+from nlx_experiments.cells import Store
+from nlx_experiments.console import StopRequest, say
+from nlx_experiments.errors import Refused
+from nlx_experiments.sequence_contest import Plan
+from nlx_experiments.sequence_tasks import Task
+
+PLACE = pathlib.Path(__file__).parents[1]
+
+
+class Row(NamedTuple):
+    """One task, how it is trained, and who competes: model -> variant -> configuration."""
+
+    task: Task
+    plan: Plan
+    models: Mapping[str, Mapping[str, nn.ModelConfig]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """What every experiment on sequence tasks is told."""
+
+    runs: pathlib.Path
+    """Where finished cells are kept."""
+    only: tuple[str, ...] = ()
+    """Tasks to run; all by default."""
+    models: tuple[str, ...] = ()
+    """Models to run; all by default."""
+    place: pathlib.Path = PLACE
+    """Where README.md and results/ are."""
+
+
+def run(
+    options: Options,
+    name: str,
+    rows: Mapping[str, Row],
+    shown: Callable[[Mapping[str, Any]], str],
+    measure: str = "rows",
+) -> dict[str, Any]:
+    """Runs an experiment, or goes on; writes results/<name>.json, .md, .png and the README's table.
+
+    Args:
+      options: where, and which part of it.
+      name: of the experiment.
+      rows: task name -> row, in the table's order.
+      shown: results -> what stands in the README.
+      measure: what pictures show: shares of "rows" or of "tokens" that are right.
+
+    Raises:
+      Refused: an unknown task or model. Stopped: a signal came; finished cells are kept.
+    """
+    known_models = list(dict.fromkeys(m for row in rows.values() for m in row.models))
+    for field, known in (("only", list(rows)), ("models", known_models)):
+        for given in getattr(options, field):
+            if given not in known:
+                raise Refused(f"`{field}` holds {given!r}; it must be one of {', '.join(known)}.")
+    if options.place == PLACE and not (options.place / "README.md").exists():
+        raise Refused(
+            f"`place` is {options.place}, which holds no README.md to write the table to."
+        )
+    with runs.Run(options.runs) as folder, StopRequest() as stop:
+        runs.note_environment(folder, say)
+        if jax.config.jax_compilation_cache_dir is None:
+            cache = str(options.runs.absolute() / "compiled")
+            jax.config.update("jax_compilation_cache_dir", cache)
+        store = Store(folder)
+        for task_name in options.only or rows:
+            row = rows[task_name]
+            for model in (m for m in row.models if not options.models or m in options.models):
+                for variant, config in row.models[model].items():
+                    _cell(store, (task_name, model, variant), row, config, stop)
+        results = gather(store, rows)
+    write(options, name, results, shown, measure)
+    return results
+
+
+def _cell(
+    store: Store, where: tuple[str, str, str], row: Row, config: nn.ModelConfig, stop: StopRequest
+) -> None:
+    """Runs a cell that is not known."""
+    what = identity(where, row, config)
+    if what in store.known:
+        return
+    called = ", ".join(part for part in where if part)
+    record = contest.measure(called, row.task, config, row.plan, stop)
+    store.add({"what": what, **record})
+    best = record["rates"][record["rate"]]
+    shares = "/".join(percent(best[b]["rows"]) for b in row.plan.bins)
+    say(
+        f"{called}: {shares} % of rows at {record['rate']}, {record['steps']} steps, "
+        f"{record['seconds']:.0f} s"
+    )
+
+
+def identity(where: tuple[str, str, str], row: Row, config: nn.ModelConfig) -> str:
+    """What decides a cell, besides the code."""
+    fields = f"{dataclasses.asdict(config)} {dataclasses.asdict(row.plan)}"
+    digest = hashlib.sha256(fields.encode()).hexdigest()[:12]
+    return f"{'; '.join(where)}; {digest}"
+
+
+def gather(store: Store, rows: Mapping[str, Row]) -> dict[str, Any]:
+    """All finished cells: task -> {"bins", "chance", "models": model -> variant -> record}."""
+    results: dict[str, Any] = {}
+    for task_name, row in rows.items():
+        models: dict[str, Any] = {}
+        for model, variants in row.models.items():
+            found = {
+                variant: {k: v for k, v in store.known[what].items() if k != "what"}
+                for variant, config in variants.items()
+                if (what := identity((task_name, model, variant), row, config)) in store.known
+            }
+            if found:
+                models[model] = found
+        if models:
+            some = next(iter(next(iter(models.values())).values()))
+            plan = dataclasses.asdict(row.plan)
+            results[task_name] = {"plan": plan, "chance": some["chance"], "models": models}
+    return results
+
+
+def write(
+    options: Options,
+    name: str,
+    results: Mapping[str, Any],
+    shown: Callable[[Mapping[str, Any]], str],
+    measure: str,
+) -> None:
+    """Numbers, picture and text of what is finished."""
+    folder = options.place / "results"
+    folder.mkdir(parents=True, exist_ok=True)
+    runs.write_json(folder / f"{name}.json", {"environment": runs.environment(), "tasks": results})
+    if not results:
+        return
+    plot(folder / f"{name}.png", results, measure)
+    text = shown(results)
+    runs.write_whole(folder / f"{name}.md", text + "\n")
+    if options.place == PLACE:
+        report.place(options.place / "README.md", name, text)
+    say(f"\n{text}")
+
+
+def best(variants: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The variant whose best rate did best on validation rows, and its results at that rate."""
+    validation = lambda v: variants[v]["rates"][variants[v]["rate"]]["validation"]
+    name = max(variants, key=validation)
+    return name, variants[name]["rates"][variants[name]["rate"]]
+
+
+def percent(shares: list[float]) -> str:
+    """The mean over seeds, 100 only where every seed has every row."""
+    mean = 100 * statistics.fmean(shares)
+    return "100" if min(shares) == 1 else f"{min(mean, 99.9):.1f}".removesuffix(".0")
+
+
+def interval(shares: list[float]) -> str:
+    """Mean with the lowest and the highest seed's, where they differ."""
+    if max(shares) - min(shares) < 5e-4:
+        return percent(shares)
+    return f"{percent(shares)} ({percent([min(shares)])} to {percent([max(shares)])})"
+
+
+def table(
+    results: Mapping[str, Any],
+    cell: Callable[[str, str, Mapping[str, Any]], str],
+    corner: str = "model",
+) -> report.Table:
+    """Models down, tasks across; cell(task, model, results of the best variant at its rate)."""
+    models = list(dict.fromkeys(m for task in results.values() for m in task["models"]))
+    lines = [
+        (
+            model,
+            *(
+                cell(name, model, best(task["models"][model])[1]) if model in task["models"] else ""
+                for name, task in results.items()
+            ),
+        )
+        for model in models
+    ]
+    return report.Table("", [corner, *results], lines)
+
+
+def grid(results: Mapping[str, Any], measure: str = "rows") -> report.Table:
+    """Every variant and rate: mean shares in all bins, ** what was chosen."""
+    lines = []
+    for name, task in results.items():
+        for model, variants in task["models"].items():
+            chosen = best(variants)[0]
+            for variant, record in variants.items():
+                for rate, found in record["rates"].items():
+                    taken = variant == chosen and rate == record["rate"]
+                    shares = " / ".join(interval(found[b][measure]) for b in task["plan"]["bins"])
+                    mark = "**" if taken else ""
+                    lines.append(
+                        (name, model, variant, rate, f"{mark}{shares}{mark}", record["steps"])
+                    )
+    return report.Table("", ["task", "model", "variant", "rate", "right", "steps"], lines)
+
+
+def plot(path: pathlib.Path, results: Mapping[str, Any], measure: str) -> None:
+    """A panel for each task: every model's mean in each bin, its seeds, and what chance gives."""
+    columns = min(4, len(results))
+    lines = -(-len(results) // columns)
+    size = (3.6 * columns + 1.5, 3.0 * lines)
+    figure, panels = plt.subplots(lines, columns, figsize=size, layout="constrained", squeeze=False)
+    for axes in panels.flat[len(results) :]:
+        axes.set_visible(False)
+    models = list(dict.fromkeys(m for task in results.values() for m in task["models"]))
+    for axes, (name, task) in zip(panels.flat, results.items(), strict=False):
+        bins = list(task["plan"]["bins"])
+        width = 0.8 / len(bins)
+        for n, bin_name in enumerate(bins):
+            for place, model in enumerate(models):
+                if model not in task["models"]:
+                    continue
+                shares = best(task["models"][model])[1][bin_name][measure]
+                at = place + (n - (len(bins) - 1) / 2) * width
+                colour = report.COLOURS[n]
+                label = bin_name if place == 0 else "_"
+                axes.bar(at, np.mean(shares), width, color=colour, alpha=0.7, label=label)
+                axes.plot([at] * len(shares), shares, ".", color="#222222", markersize=3)
+            if measure == "tokens":
+                axes.axhline(
+                    task["chance"][bin_name], color=report.COLOURS[n], linestyle=":", linewidth=1
+                )
+        axes.set(title=name, ylim=(0, 1.05))
+        axes.set_xticks(range(len(models)), models, rotation=60, ha="right", fontsize=8)
+    panels.flat[0].legend(frameon=False, fontsize=8)
+    report.save(figure, path)

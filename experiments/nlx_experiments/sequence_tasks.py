@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sequence tasks: symbols in, an answer at some positions, drawn without end from a generator."""
+
+import dataclasses
+from collections.abc import Callable
+
+import numpy as np
+from jaxtyping import Float, Int
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """Rows of one length, those that end before it filled up with symbol 0."""
+
+    tokens: Int[np.ndarray, "b t"] | Float[np.ndarray, "b t n"]
+    answers: Int[np.ndarray, "b t"]
+    scored: Float[np.ndarray, "b t"]  # 1 where an answer counts, else 0
+
+
+Draw = Callable[[np.random.Generator, int, int, int], Batch]
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """What is drawn, and how many symbols and answers there are.
+
+    Attributes:
+      name: as tables show it.
+      symbols: tokens are integers in [0, symbols).
+      classes: answers are integers in [0, classes).
+      draw: (generator, rows, shortest, longest) -> batch, lengths in [shortest, longest].
+      compressed: whether a decoder answers everywhere from what the model made of the last symbol.
+      features: channels of every token, where tokens are vectors; else 0.
+    """
+
+    name: str
+    symbols: int
+    classes: int
+    draw: Draw
+    compressed: bool = False
+    features: int = 0
+
+    @property
+    def vocabulary(self) -> int:
+        """Scores that a model must give: the first `classes` of them are the answers'."""
+        return max(self.symbols, self.classes)
+
+
+def shuffled(task: Task) -> Task:
+    """The control: every row's answers change places among its scored positions.
+
+    What is left to learn is how often each answer comes, so nothing beats the share of the most
+    frequent one.
+    """
+
+    def draw(generator: np.random.Generator, rows: int, shortest: int, longest: int) -> Batch:
+        batch = task.draw(generator, rows, shortest, longest)
+        answers = batch.answers.copy()
+        for row, scored in zip(answers, batch.scored > 0, strict=True):
+            row[scored] = generator.permutation(row[scored])
+        return dataclasses.replace(batch, answers=answers)
+
+    return dataclasses.replace(task, name=f"{task.name}, shuffled", draw=draw)
+
+
+def chance(batch: Batch) -> float:
+    """The share of scored positions that the most frequent answer gets right."""
+    counts = np.bincount(batch.answers[batch.scored > 0])
+    return float(counts.max() / counts.sum())
+
+
+def padded(batch: Batch, length: int) -> Batch:
+    """The batch with rows filled up to a length, with what is not scored."""
+    more = length - batch.tokens.shape[1]
+    fill = lambda x: np.pad(x, ((0, 0), (0, more), *[(0, 0)] * (x.ndim - 2)))
+    return Batch(fill(batch.tokens), fill(batch.answers), fill(batch.scored))
