@@ -84,7 +84,6 @@ def measure(
         steps=plan.steps,
         noise=plan.noise,
         decay=plan.decay,
-        features=task.features,
         decoded=plan.stages[-1][1] if task.compressed else 0,
     )
     pairs = list(itertools.product(plan.rates, range(plan.seeds)))

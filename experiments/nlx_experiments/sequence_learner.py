@@ -37,24 +37,21 @@ class Decoder(nnx.Module):
 class SequenceModel(nnx.Module):
     """A language model that answers at every position, with what a task's form adds to it."""
 
-    def __init__(
-        self, config: nn.ModelConfig, features: int = 0, decoded: int = 0, *, rngs: nnx.Rngs
-    ):
+    def __init__(self, config: nn.ModelConfig, decoded: int = 0, *, rngs: nnx.Rngs):
         """Draws it.
 
-        config: of the model. features: channels of tokens that are vectors, or 0. decoded: places
-        that a decoder answers from the last token, or 0: answers are the model's scores.
+        config: of the model. decoded: places that a decoder answers from the last token, or 0:
+        answers are the model's scores.
         """
         self.model = nn.LanguageModel(config, rngs=rngs)
         width = config.width
-        self.inputs = Linear(features, width, (None, "embed"), rngs=rngs) if features else None
         self.decoder = Decoder(width, decoded, config.vocabulary, rngs=rngs) if decoded else None
 
     def __call__(
         self, tokens: Array, key: Array | None = None, noise: float = 0.0
     ) -> Float[Array, "b t s"]:
         """Scores of every answer. key, noise: where noise is added to the embedded tokens."""
-        x = self.model.embed(tokens) if self.inputs is None else self.inputs(tokens)
+        x = self.model.embed(tokens)
         if key is not None and noise:
             x = x + noise * jax.random.normal(key, x.shape, x.dtype)
         x, _ = self.model.mix(x)
@@ -92,7 +89,6 @@ def make(
     steps: int,
     noise: float = 0.0,
     decay: bool = False,
-    features: int = 0,
     decoded: int = 0,
 ) -> Learners:
     """The functions that train models of `config` on any task that its vocabulary holds.
@@ -107,9 +103,9 @@ def make(
       noise: standard deviation of the noise on the embedded symbols while training, whose own
         root mean square is about 1.
       decay: whether the rate falls.
-      features, decoded: see `SequenceModel`.
+      decoded: see `SequenceModel`.
     """
-    build = lambda rngs: SequenceModel(config, features, decoded, rngs=rngs)
+    build = lambda rngs: SequenceModel(config, decoded, rngs=rngs)
     shapes = nnx.eval_shape(lambda: build(nnx.Rngs(0)))
     graph, labels = nnx.graphdef(shapes), nn.labels_by_level(shapes)
     clocks = nn.clocks_by_level(shapes)
@@ -179,9 +175,8 @@ def schedule(steps: int, decay: bool) -> optax.Schedule:
 
 def arrays(batch: Batch) -> tuple[Array, Array, Array]:
     """A batch as jax takes it."""
-    whole = np.issubdtype(batch.tokens.dtype, np.integer)
-    tokens = jnp.asarray(batch.tokens, jnp.int32 if whole else jnp.float32)
-    return tokens, jnp.asarray(batch.answers, jnp.int32), jnp.asarray(batch.scored, jnp.float32)
+    tokens, answers = (jnp.asarray(x, jnp.int32) for x in (batch.tokens, batch.answers))
+    return tokens, answers, jnp.asarray(batch.scored, jnp.float32)
 
 
 def better(

@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 class Batch:
     """Rows of one length, those that end before it filled up with symbol 0."""
 
-    tokens: Int[np.ndarray, "b t"] | Float[np.ndarray, "b t n"]
+    tokens: Int[np.ndarray, "b t"]
     answers: Int[np.ndarray, "b t"]
     scored: Float[np.ndarray, "b t"]  # 1 where an answer counts, else 0
 
@@ -30,7 +30,6 @@ class Task:
       classes: answers are integers in [0, classes).
       draw: (generator, rows, shortest, longest) -> batch, lengths in [shortest, longest].
       compressed: whether a decoder answers everywhere from what the model made of the last symbol.
-      features: channels of every token, where tokens are vectors; else 0.
     """
 
     name: str
@@ -38,7 +37,6 @@ class Task:
     classes: int
     draw: Draw
     compressed: bool = False
-    features: int = 0
 
     @property
     def vocabulary(self) -> int:
@@ -71,6 +69,5 @@ def chance(batch: Batch) -> float:
 
 def padded(batch: Batch, length: int) -> Batch:
     """The batch with rows filled up to a length, with what is not scored."""
-    more = length - batch.tokens.shape[1]
-    fill = lambda x: np.pad(x, ((0, 0), (0, more), *[(0, 0)] * (x.ndim - 2)))
+    fill = lambda x: np.pad(x, ((0, 0), (0, length - x.shape[1])))
     return Batch(fill(batch.tokens), fill(batch.answers), fill(batch.scored))
