@@ -57,6 +57,7 @@ def inspect(argv: list[str]) -> None:
 def experiment(argv: list[str]) -> None:
     """Runs a named experiment."""
     from nlx_experiments import (
+        ablation,
         compare_optimizers,
         demo,
         demo_check,
@@ -68,6 +69,8 @@ def experiment(argv: list[str]) -> None:
     )
 
     experiments = {
+        "ablation": (ablation.Ablation, ablation.main),
+        "ablation-tiny": (ablation.Tiny, ablation.main),
         "demo": (demo.Demo, demo.main),
         "demo-check": (demo_check.DemoCheck, demo_check.main),
         "laws": (laws.Laws, laws.main),

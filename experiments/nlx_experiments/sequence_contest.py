@@ -2,9 +2,9 @@
 """One model on one sequence task, by one protocol for all: trained, chosen, examined afresh.
 
 A cell is every seed at every learning rate, trained at once on the same stream of fresh rows. Of
-each training the weights that did best on validation rows are kept; it ends early once one rate has
-every seed right everywhere. The rate is chosen on validation rows too; what is reported is measured
-on rows that were drawn for nothing else.
+each training the weights that did best on validation rows are kept; it ends early once, at one
+rate, every seed was right everywhere in two validations on end. The rate is chosen on validation
+rows too; what is reported is measured on rows that were drawn for nothing else.
 """
 
 import dataclasses
@@ -51,10 +51,12 @@ class Plan:
     """Whether the rate falls."""
     every: int = 100
     """Steps between two validations."""
-    validated: int = 128
+    validated: int = 256
     """Rows of a bin, to choose weights and rates on."""
     tested: int = 512
     """Rows of a bin, for what is reported."""
+    by_loss: bool = False
+    """Whether weights and rates are chosen by the loss, not by the rows that are right."""
     round_to: int = 64
     """Rows are filled up to multiples of it, so that little is compiled."""
 
@@ -72,9 +74,9 @@ def measure(
     watch: told of every validation, (steps taken, bin -> scores of all trainings).
 
     Returns:
-      "rates": rate -> bin -> {"rows", "tokens"}: shares right on the test rows, by seed, and
-      "validation", the mean over seeds and bins that rates are compared by; "rate": the best one;
-      "steps" taken; "seconds"; "parameters"; "chance": bin -> share of the most frequent answer.
+      "rates": rate -> bin -> {"rows", "tokens", "loss"}: `Scores` on the test rows, by seed, and
+      "validation", the mean over seeds that rates are compared by; "rate": the best one; "steps"
+      taken; "seconds"; "parameters"; "chance": bin -> share of the most frequent answer.
 
     Raises Stopped where a signal came: a cell is whole or not there.
     """
@@ -92,9 +94,9 @@ def measure(
     state, keys = learners.init(seeds), jax.vmap(jax.random.key)(seeds)
     checks = {b: _rows(task, plan, VALIDATED, b) for b in plan.bins}
     stream = np.random.default_rng((TRAINED, _number(task.name)))
-    kept = jax.tree.map(jnp.copy, state.params), np.full(len(pairs), -1.0)
-    step, solved = 0, False
-    while step < plan.steps and not solved:
+    kept = jax.tree.map(jnp.copy, state.params), np.full(len(pairs), -np.inf)
+    step, perfect = 0, np.zeros(len(pairs), int)  # validations on end with nothing wrong
+    while step < plan.steps and not _by_rate(perfect > 1, plan).all(1).any():
         count = min(plan.every, plan.steps - step)
         longest = [length for since, length in plan.stages if step >= since][-1]
         draw = lambda longest=longest: _filled(
@@ -105,10 +107,9 @@ def measure(
         step += count
         scores = {b: learners.score(state.params, rows) for b, rows in checks.items()}
         watch(step, scores)
-        found = list(scores.values())
-        value = sum(s.rows + 1e-3 * s.tokens for s in found) / len(found) + found[-1].rows
+        value = _value(list(scores.values()), plan)
         kept = sequence_learner.better((state.params, value), kept)
-        solved = bool(_by_rate(kept[1] >= 2 + 1e-3 - 1e-6, plan).all(1).any())
+        perfect = np.where(value > 2, perfect + 1, 0)
         if stop is not None and stop.received is not None:
             raise Stopped(
                 f"{stop.received.name}: {name} was not finished and begins anew; all before it is "
@@ -122,7 +123,7 @@ def measure(
         f"{rate:g}": {
             "validation": float(validation[n]),
             **{
-                b: {"rows": _listed(s.rows, plan)[n], "tokens": _listed(s.tokens, plan)[n]}
+                b: {field: _listed(values, plan)[n] for field, values in s._asdict().items()}
                 for b, s in results.items()
             },
         }
@@ -151,7 +152,15 @@ def _rows(task: Task, plan: Plan, stream: int, name: str) -> Batch:
     """The rows of an examination, the same for every model."""
     generator = np.random.default_rng((stream, _number(task.name), _number(name)))
     count = plan.validated if stream == VALIDATED else plan.tested
-    return _filled(task.draw(generator, count, *plan.bins[name]), plan)
+    draw = (task.validation if stream == VALIDATED else task.test) or task.draw
+    return _filled(draw(generator, count, *plan.bins[name]), plan)
+
+
+def _value(found: list[Scores], plan: Plan) -> np.ndarray:
+    """What a training is worth; above 2 where every row is right."""
+    if plan.by_loss:
+        return -np.mean([s.loss for s in found], 0)
+    return np.mean([s.rows + 1e-3 * s.tokens for s in found], 0) + found[-1].rows
 
 
 def _filled(batch: Batch, plan: Plan) -> Batch:

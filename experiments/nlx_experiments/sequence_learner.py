@@ -65,6 +65,7 @@ class Scores(NamedTuple):
 
     tokens: Float[np.ndarray, " m"]  # share of scored positions
     rows: Float[np.ndarray, " m"]  # share of rows right at every scored position
+    loss: Float[np.ndarray, " m"]  # cross-entropy of a scored position, in nats
 
 
 class Learners(NamedTuple):
@@ -115,10 +116,7 @@ def make(
 
     def loss(params: PyTree, batch: tuple[Array, Array, Array, Array]) -> Array:
         tokens, answers, scored, key = batch
-        wrong = optax.softmax_cross_entropy_with_integer_labels(
-            scores(params, tokens, key), answers
-        )
-        return jnp.sum(wrong * scored) / jnp.maximum(jnp.sum(scored), 1)
+        return cross_entropy(scores(params, tokens, key), answers, scored)
 
     def rule(rate: Array) -> optax.GradientTransformation:
         def level(clock):
@@ -143,10 +141,12 @@ def make(
 
         return jax.lax.scan(body, state, batches)
 
-    def right(params, tokens: Array, answers: Array, scored: Array) -> tuple[Array, Array]:
-        hits = jnp.argmax(scores(params, tokens), -1) == answers
+    def right(params, tokens: Array, answers: Array, scored: Array) -> tuple[Array, ...]:
+        given = scores(params, tokens)
+        hits = jnp.argmax(given, -1) == answers
         whole = jnp.all(hits | (scored == 0), 1)
-        return jnp.sum(hits * scored) / jnp.sum(scored), jnp.mean(whole)
+        tokens_right = jnp.sum(hits * scored) / jnp.sum(scored)
+        return tokens_right, jnp.mean(whole), cross_entropy(given, answers, scored)
 
     init_all = jax.jit(jax.vmap(init))
     learn_all = jax.jit(jax.vmap(learn, in_axes=(0, 0, 0, None)), donate_argnums=0)
@@ -156,6 +156,14 @@ def make(
         return Scores(*map(np.asarray, right_all(params, *arrays(batch))))
 
     return Learners(init_all, learn_all, score, count(config))
+
+
+def cross_entropy(
+    scores: Float[Array, "b t s"], answers: Array, scored: Float[Array, "b t"]
+) -> Float[Array, ""]:
+    """Mean over scored positions, in nats."""
+    lost = optax.softmax_cross_entropy_with_integer_labels(scores, answers)
+    return jnp.sum(lost * scored) / jnp.maximum(jnp.sum(scored), 1)
 
 
 @functools.cache
@@ -182,9 +190,9 @@ def arrays(batch: Batch) -> tuple[Array, Array, Array]:
 def better(
     now: tuple[PyTree, Float[np.ndarray, " m"]], before: tuple[PyTree, Float[np.ndarray, " m"]]
 ) -> tuple[PyTree, Float[np.ndarray, " m"]]:
-    """Of each model the weights of the larger value, the earlier where they are equal."""
+    """Of each model the weights of the larger value, the later where they are equal."""
     (weights, values), (kept, best) = now, before
-    won = jnp.asarray(values > best)
+    won = jnp.asarray(values >= best)
     choose = lambda a, b: jnp.where(won.reshape(-1, *[1] * (a.ndim - 1)), a, b)
     return jax.tree.map(choose, weights, kept), np.maximum(values, best)
 

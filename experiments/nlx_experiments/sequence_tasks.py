@@ -7,6 +7,8 @@ from collections.abc import Callable
 import numpy as np
 from jaxtyping import Float, Int
 
+from nlx_experiments.data import Bytes
+
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
@@ -30,6 +32,8 @@ class Task:
       classes: answers are integers in [0, classes).
       draw: (generator, rows, shortest, longest) -> batch, lengths in [shortest, longest].
       compressed: whether a decoder answers everywhere from what the model made of the last symbol.
+      validation, test: what is drawn to choose by, and to report, where those are other rows than
+        the ones trained on; None: `draw`, from streams of their own.
     """
 
     name: str
@@ -37,6 +41,8 @@ class Task:
     classes: int
     draw: Draw
     compressed: bool = False
+    validation: Draw | None = None
+    test: Draw | None = None
 
     @property
     def vocabulary(self) -> int:
@@ -51,14 +57,37 @@ def shuffled(task: Task) -> Task:
     frequent one.
     """
 
-    def draw(generator: np.random.Generator, rows: int, shortest: int, longest: int) -> Batch:
-        batch = task.draw(generator, rows, shortest, longest)
-        answers = batch.answers.copy()
-        for row, scored in zip(answers, batch.scored > 0, strict=True):
-            row[scored] = generator.permutation(row[scored])
-        return dataclasses.replace(batch, answers=answers)
+    def mixed(draw: Draw) -> Draw:
+        def shuffle(
+            generator: np.random.Generator, rows: int, shortest: int, longest: int
+        ) -> Batch:
+            batch = draw(generator, rows, shortest, longest)
+            answers = batch.answers.copy()
+            for row, scored in zip(answers, batch.scored > 0, strict=True):
+                row[scored] = generator.permutation(row[scored])
+            return dataclasses.replace(batch, answers=answers)
 
-    return dataclasses.replace(task, name=f"{task.name}, shuffled", draw=draw)
+        return shuffle
+
+    exams = {"validation": task.validation, "test": task.test}
+    others = {name: draw and mixed(draw) for name, draw in exams.items()}
+    return dataclasses.replace(task, name=f"{task.name}, shuffled", draw=mixed(task.draw), **others)
+
+
+def windows(train: Bytes, validation: Bytes, test: Bytes) -> Task:
+    """Text: windows of bytes, the answer to each byte the next one; every one is scored."""
+
+    def draw(source: Bytes) -> Draw:
+        def windows(
+            generator: np.random.Generator, rows: int, shortest: int, longest: int
+        ) -> Batch:
+            starts = generator.integers(0, source.size - longest, rows)
+            text = source[starts[:, None] + np.arange(longest + 1)].astype(int)
+            return Batch(text[:, :-1], text[:, 1:], np.ones((rows, longest), np.float32))
+
+        return windows
+
+    return Task("text", 256, 256, draw(train), validation=draw(validation), test=draw(test))
 
 
 def chance(batch: Batch) -> float:

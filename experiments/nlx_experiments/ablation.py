@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`nlx run ablation`: what each part of Hope is worth (Behrouz et al., 2025, Table 6).
+
+command    nlx run ablation [--only TASK ...] [--models ROW ...]
+           nlx run ablation-tiny: next to nothing of it, in seconds
+shows      Hope without one of its parts, at equal parameters: bits per byte on held-out text (the
+           Python standard library's source, or --data), and the rows of parity that are right
+takes      see README.md; stopped at any moment, the same command goes on
+expects    the signs in README.md, beside the paper's
+
+"Hope" here makes its queries by a memory, as the first row of the paper's table does; "w/o
+inner-projection q" is what the presets are. A removed projection is the slow map that stands before
+the memory. Without the continuum memory system the feed-forward is one SwiGLU; "w/o DGD" writes by
+plain gradient descent, "w/o weight decay" holds the retention at 1.
+"""
+
+import dataclasses
+import math
+import pathlib
+import statistics
+from collections.abc import Mapping
+from typing import Any
+
+from nlx import nn
+from nlx_experiments import data, formal_languages
+from nlx_experiments import sequence_experiment as experiment
+from nlx_experiments.sequence_contest import Plan, equal
+from nlx_experiments.sequence_experiment import Options, Row
+from nlx_experiments.sequence_tasks import windows
+
+# Table 6 of the paper: perplexity and accuracy.
+PAPER: Mapping[str, tuple[float, float]] = {
+    "Hope": (12.24, 58.1),
+    "w/o DGD": (13.41, 56.5),
+    "w/o momentum": (13.58, 56.9),
+    "w/o weight decay": (13.71, 57.2),
+    "w/o CMS": (13.04, 57.3),
+    "w/o inner-projection k": (13.77, 56.9),
+    "w/o inner-projection v": (13.90, 55.1),
+    "w/o inner-projection q": (12.19, 57.4),
+}
+REMOVED: Mapping[str, Mapping[str, Any]] = {
+    "Hope": {},
+    "w/o DGD": dict(erase=False),
+    "w/o momentum": dict(momentum=False),
+    "w/o weight decay": dict(retain=False),
+    "w/o CMS": dict(feed_forward="swiglu"),
+    "w/o inner-projection k": dict(adaptive_key=False),
+    "w/o inner-projection v": dict(adaptive_value=False),
+    "w/o inner-projection q": dict(adaptive_query=False),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Ablation(Options):
+    """Table 6 of the paper: Hope without one part at a time."""
+
+    runs: pathlib.Path = pathlib.Path("runs/ablation")
+    data: tuple[pathlib.Path, ...] = ()
+    """Files and folders of text; by default the Python standard library's source."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tiny(Ablation):
+    """Two rows of it, a few steps: does everything work?"""
+
+    runs: pathlib.Path = pathlib.Path("runs/ablation-tiny")
+    place: pathlib.Path = pathlib.Path("runs/ablation-tiny")
+
+
+def main(options: Ablation) -> dict[str, Any]:
+    """Runs what is not known yet; writes table, picture and numbers."""
+    corpus = data.load(options.data)
+    half = corpus.heldout.size // 2
+    text = windows(corpus.train, corpus.heldout[:half], corpus.heldout[half:])
+    tasks = {"text": text, "parity": formal_languages.LANGUAGES["parity"]}
+    plans = tiny_plans() if isinstance(options, Tiny) else full_plans()
+    rows = {
+        name: Row(task, plans[name], {row: {"": config} for row, config in made.items()})
+        for name, task in tasks.items()
+        for made in [variants(task.vocabulary, isinstance(options, Tiny))]
+    }
+    return experiment.run(options, "ablation", rows, shown)
+
+
+def variants(vocabulary: int, tiny: bool) -> dict[str, nn.ModelConfig]:
+    """The rows of the table, all with as many parameters."""
+    sizes: dict[str, Any] = dict(width=64, heads=2, layers=2, memory_hidden=16)
+    if tiny:
+        sizes = dict(width=16, heads=1, layers=1, memory_hidden=4)
+    whole = nn.ModelConfig(
+        mixer="self_modifying",
+        feed_forward="cms",
+        vocabulary=vocabulary,
+        hidden=2 * sizes["width"],
+        cms_periods=(1, 4),
+        chunk_size=16,
+        projection_chunk_size=16,
+        adaptive_query=True,
+        **sizes,
+    )
+    from nlx_experiments.sequence_learner import count
+
+    chosen = list(REMOVED)[:2] if tiny else list(REMOVED)
+    return {row: equal(dataclasses.replace(whole, **REMOVED[row]), count(whole)) for row in chosen}
+
+
+def full_plans() -> dict[str, Plan]:
+    """Text in windows of 64 bytes; parity as in state tracking."""
+    text = Plan(
+        bins={"held out": (64, 64)},
+        shortest=64,
+        stages=((0, 64),),
+        steps=800,
+        rates=(3e-3, 6e-3),
+        decay=True,
+        by_loss=True,
+        rows=16,
+        tested=1024,
+    )
+    parity = Plan(
+        bins={"2 to 32": (2, 32), "33 to 64": (33, 64)},
+        shortest=2,
+        stages=((0, 16), (150, 32)),
+        steps=600,
+        rates=(3e-3, 6e-3),
+        noise=0.2,
+        decay=True,
+        round_to=32,
+    )
+    return {"text": text, "parity": parity}
+
+
+def tiny_plans() -> dict[str, Plan]:
+    """Two steps."""
+    few: dict[str, Any] = dict(
+        steps=2, every=1, seeds=2, rows=4, rates=(1e-2,), validated=4, tested=8, round_to=16
+    )
+    text = Plan(bins={"held out": (16, 16)}, shortest=16, stages=((0, 16),), by_loss=True, **few)
+    parity = Plan(bins={"2 to 16": (2, 16)}, shortest=2, stages=((0, 16),), **few)
+    return {"text": text, "parity": parity}
+
+
+def shown(results: Mapping[str, Any]) -> str:
+    """Every row against the whole: by how much worse, and what the paper has."""
+    found = {
+        task: {row: experiment.best(v)[1] for row, v in entry["models"].items()}
+        for task, entry in results.items()
+    }
+    bits = {
+        row: [loss / math.log(2) for loss in r["held out"]["loss"]]
+        for row, r in found.get("text", {}).items()
+    }
+    whole = bits.get("Hope", [math.nan])
+    bins = list(results["parity"]["plan"]["bins"]) if "parity" in results else []
+    lines = []
+    for row, (perplexity, accuracy) in PAPER.items():
+        tracked = found.get("parity", {}).get(row)
+        if row not in bits and tracked is None:
+            continue
+        worse, error = difference(bits[row], whole) if row in bits else (math.nan, math.nan)
+        theirs = perplexity - PAPER["Hope"][0]
+        lines.append(
+            (
+                row,
+                f"{statistics.fmean(bits[row]):.3f}" if row in bits else "",
+                "" if row == "Hope" else f"{worse:+.3f} ± {error:.3f}",
+                f"{perplexity:.2f}" + ("" if row == "Hope" else f" ({theirs:+.2f})"),
+                "" if row == "Hope" or row not in bits else verdict(worse, error, theirs),
+                " / ".join(experiment.interval(tracked[b]["rows"]) for b in bins)
+                if tracked
+                else "",
+                f"{accuracy:.1f}",
+            )
+        )
+    columns = ("", "bits per byte", "worse by", "paper: perplexity", "same sign?")
+    columns += (f"parity, rows of {' / '.join(bins)}", "paper: accuracy")
+    table = experiment.report.Table("", columns, lines).markdown()
+    return "\n\n".join([table, "The whole grid:", experiment.grid(results).markdown()])
+
+
+def difference(row: list[float], whole: list[float]) -> tuple[float, float]:
+    """How much larger a row's mean is, and the standard error of that; seeds are paired."""
+    apart = [a - b for a, b in zip(row, whole, strict=True)]
+    error = statistics.stdev(apart) / len(apart) ** 0.5 if len(apart) > 1 else math.inf
+    return statistics.fmean(apart), error
+
+
+def verdict(worse: float, error: float, paper: float) -> str:
+    """Whether a difference has the paper's sign, beyond two standard errors."""
+    if abs(worse) < 2 * error:
+        return "within the noise"
+    return "yes" if (worse > 0) == (paper > 0) else "no"
