@@ -31,7 +31,7 @@ class Decoder(nnx.Module):
 
     def __call__(self, x: Float[Array, "b d"]) -> Float[Array, "b t s"]:
         """x: what is known of the row."""
-        return self.output(jax.nn.gelu(self.hidden(x[:, None] + self.places[...])))
+        return self.output(jax.nn.gelu(self.hidden(x[:, None] + self.places[...][None])))
 
 
 class SequenceModel(nnx.Module):
