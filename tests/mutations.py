@@ -41,6 +41,7 @@ CMS, STREAM, OF_CMS = "nlx/nn/cms.py", "nlx/nn/continuum.py", "nlx/nn/test_conti
 LEARNER, LOOP = "experiments/nlx_experiments/learner.py", "experiments/nlx_experiments/loop.py"
 OF_TRAIN = "experiments/test_train.py"
 SCAN_TPU = "kernels/nlx_kernels/_chunk_scan_tpu.py"
+OF_STEPS = "nlx/nn/test_training_steps.py"
 OF_LINEAR_TPU = "kernels/test_linear_memory_tpu.py"
 OF_HOPE_TPU, OF_MLP_TPU = (
     f"kernels/test_{op}_tpu.py" for op in ("self_modifying_memory", "mlp_memory")
@@ -664,6 +665,20 @@ MUTATIONS = (
         "        return device.platform\n",
         "        return jax.default_backend()\n",
         "kernels/test_arguments.py",
+    ),
+    Mutation(
+        "the kernels in a training step for a GPU",
+        "kernels/nlx_kernels/linear_memory/api.py",
+        '    "mosaic_gpu": Kernel(mosaic_gpu.linear_memory, mosaic_gpu.refusal),\n',
+        "",
+        OF_STEPS,
+    ),
+    Mutation(
+        "a kernel in a CMS's training step for TPUs",
+        "kernels/nlx_kernels/cms_chain/pallas_tpu.py",
+        '    if dict(mesh.shape).get("model", 1) > 1:\n',
+        "    if True:\n",
+        OF_STEPS,
     ),
     Mutation(
         "the refusal of a state without its attention",
