@@ -41,6 +41,7 @@ CMS, STREAM, OF_CMS = "nlx/nn/cms.py", "nlx/nn/continuum.py", "nlx/nn/test_conti
 LEARNER, LOOP = "experiments/nlx_experiments/learner.py", "experiments/nlx_experiments/loop.py"
 OF_TRAIN = "experiments/test_train.py"
 SCAN_TPU = "kernels/nlx_kernels/_chunk_scan_tpu.py"
+OF_SHARDED = "kernels/test_sharded.py"
 OF_STEPS = "nlx/nn/test_training_steps.py"
 OF_LINEAR_TPU = "kernels/test_linear_memory_tpu.py"
 OF_HOPE_TPU, OF_MLP_TPU = (
@@ -665,6 +666,27 @@ MUTATIONS = (
         "        return device.platform\n",
         "        return jax.default_backend()\n",
         "kernels/test_arguments.py",
+    ),
+    Mutation(
+        "that each device of a mesh runs the kernels on its part",
+        SCAN_TPU,
+        "    if mesh.size <= 1 or mesh.are_all_axes_manual:\n",
+        "    if True:\n",
+        OF_SHARDED,
+    ),
+    Mutation(
+        "the heads that a device of a mesh has",
+        "kernels/nlx_kernels/_tpu.py",
+        "return h if axis is None else h // jax.sharding.get_abstract_mesh().shape[axis]",
+        "return h",
+        OF_SHARDED,
+    ),
+    Mutation(
+        "rows that a mesh does not divide",
+        "kernels/nlx_kernels/_tpu.py",
+        "if free and length % mesh.shape[name] == 0 else",
+        "if free else",
+        OF_SHARDED,
     ),
     Mutation(
         "the kernels in a training step for a GPU",
