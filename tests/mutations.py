@@ -41,6 +41,8 @@ CMS, STREAM, OF_CMS = "nlx/nn/cms.py", "nlx/nn/continuum.py", "nlx/nn/test_conti
 LEARNER, LOOP = "experiments/nlx_experiments/learner.py", "experiments/nlx_experiments/loop.py"
 OF_TRAIN = "experiments/test_train.py"
 SCAN_TPU = "kernels/nlx_kernels/_chunk_scan_tpu.py"
+SPLIT = "kernels/nlx_kernels/linear_memory/split.py"
+OF_SPLIT = "kernels/test_linear_memory_split.py"
 OF_SHARDED = "kernels/test_sharded.py"
 OF_STEPS = "nlx/nn/test_training_steps.py"
 OF_LINEAR_TPU = "kernels/test_linear_memory_tpu.py"
@@ -666,6 +668,69 @@ MUTATIONS = (
         "        return device.platform\n",
         "        return jax.default_backend()\n",
         "kernels/test_arguments.py",
+    ),
+    Mutation(
+        "the initial state of a split sequence",
+        SPLIT,
+        "jnp.where(_bad(first), 0, first), _bad(first), own.cut)",
+        "jnp.zeros_like(first), _bad(first), own.cut)",
+        OF_SPLIT,
+    ),
+    Mutation(
+        "the order of two pieces of a split sequence",
+        SPLIT,
+        "_Map(through(before.carry),",
+        "_Map(jnp.matmul(before.carry, own.carry),",
+        OF_SPLIT,
+    ),
+    Mutation(
+        "the rounds after the first over a split sequence",
+        SPLIT,
+        "    while shift < line.size:\n",
+        "    while shift < 2:\n",
+        OF_SPLIT,
+    ),
+    Mutation(
+        "a segment that begins with a piece of a split sequence",
+        SPLIT,
+        "inside.at[:, 0].set(begins)",
+        "inside.at[:, 0].set(False)",
+        OF_SPLIT,
+    ),
+    Mutation(
+        "what comes from before the first piece of a split sequence",
+        SPLIT,
+        "        there = self.rank >= shift\n",
+        "        there = self.rank >= 0\n",
+        OF_SPLIT,
+    ),
+    Mutation(
+        "that a later piece is not finite where an earlier one is not",
+        SPLIT,
+        "    y = _spoilt(jnp.swapaxes(bad, 1, 2) & ~since[..., None, None], y)\n",
+        "",
+        OF_SPLIT,
+    ),
+    Mutation(
+        "that slopes stay finite beyond what a segment ends",
+        SPLIT,
+        "_Map(jnp.where(bad | cut, 0, carry), jnp.where(bad, 0, made), bad, cut)",
+        "_Map(jnp.where(cut, 0, carry), made, bad, cut)",
+        OF_SPLIT,
+    ),
+    Mutation(
+        "the last piece's state of a split sequence",
+        SPLIT,
+        "jnp.where(line.rank == size - 1, after, 0)",
+        "jnp.where(line.rank == 0, after, 0)",
+        OF_SPLIT,
+    ),
+    Mutation(
+        "a split sequence's types on a mesh",
+        SPLIT,
+        "    first = _varying(first, q, k, v, retain, erase, rate)\n",
+        "",
+        OF_SPLIT,
     ),
     Mutation(
         "that each device of a mesh runs the kernels on its part",

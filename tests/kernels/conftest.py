@@ -87,14 +87,15 @@ def on_eight_devices(path, function, *arguments):
 
     The arguments are handed over as JSON; what the function raises fails the test.
     """
+    folder, name = os.path.split(path.removesuffix(".py"))
     program = (
-        "import importlib.util as u, json, sys; s = u.spec_from_file_location('eight', sys.argv[1])"
-        "; m = u.module_from_spec(s); s.loader.exec_module(m);"
-        "getattr(m, sys.argv[2])(*json.loads(sys.argv[3]))"
+        "import importlib, json, sys; folder, name, function, arguments = sys.argv[1:];"
+        "sys.path.insert(0, folder); module = importlib.import_module(name);"
+        "getattr(module, function)(*json.loads(arguments))"
     )
     flags = os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=8"
     done = subprocess.run(
-        [sys.executable, "-c", program, path, function, json.dumps(arguments)],
+        [sys.executable, "-c", program, folder, name, function, json.dumps(arguments)],
         env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
         capture_output=True,
         text=True,
