@@ -15,6 +15,7 @@ from nlx_kernels import cms_chain as cms_chain
 from nlx_kernels import fast_update as fast_update
 from nlx_kernels import generated_memory as generated_memory
 from nlx_kernels import linear_memory as linear_memory
+from nlx_kernels import linear_memory_split as linear_memory_split
 from nlx_kernels import mlp_memory as mlp_memory
 from nlx_kernels import newton_schulz as newton_schulz
 from nlx_kernels import self_modifying_memory as self_modifying_memory

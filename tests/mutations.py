@@ -41,6 +41,10 @@ CMS, STREAM, OF_CMS = "nlx/nn/cms.py", "nlx/nn/continuum.py", "nlx/nn/test_conti
 LEARNER, LOOP = "experiments/nlx_experiments/learner.py", "experiments/nlx_experiments/loop.py"
 OF_TRAIN = "experiments/test_train.py"
 SCAN_TPU = "kernels/nlx_kernels/_chunk_scan_tpu.py"
+SPLIT = "kernels/nlx_kernels/linear_memory/split.py"
+OF_SPLIT = "kernels/test_linear_memory_split.py"
+OF_SHARDED = "kernels/test_sharded.py"
+OF_STEPS = "nlx/nn/test_training_steps.py"
 OF_LINEAR_TPU = "kernels/test_linear_memory_tpu.py"
 OF_HOPE_TPU, OF_MLP_TPU = (
     f"kernels/test_{op}_tpu.py" for op in ("self_modifying_memory", "mlp_memory")
@@ -664,6 +668,104 @@ MUTATIONS = (
         "        return device.platform\n",
         "        return jax.default_backend()\n",
         "kernels/test_arguments.py",
+    ),
+    Mutation(
+        "the initial state of a split sequence",
+        SPLIT,
+        "jnp.where(_bad(first), 0, first), _bad(first), own.cut)",
+        "jnp.zeros_like(first), _bad(first), own.cut)",
+        OF_SPLIT,
+    ),
+    Mutation(
+        "the order of two pieces of a split sequence",
+        SPLIT,
+        "_Map(through(before.carry),",
+        "_Map(jnp.matmul(before.carry, own.carry),",
+        OF_SPLIT,
+    ),
+    Mutation(
+        "the rounds after the first over a split sequence",
+        SPLIT,
+        "    while shift < line.size:\n",
+        "    while shift < 2:\n",
+        OF_SPLIT,
+    ),
+    Mutation(
+        "a segment that begins with a piece of a split sequence",
+        SPLIT,
+        "inside.at[:, 0].set(begins)",
+        "inside.at[:, 0].set(False)",
+        OF_SPLIT,
+    ),
+    Mutation(
+        "what comes from before the first piece of a split sequence",
+        SPLIT,
+        "        there = self.rank >= shift\n",
+        "        there = self.rank >= 0\n",
+        OF_SPLIT,
+    ),
+    Mutation(
+        "that a later piece is not finite where an earlier one is not",
+        SPLIT,
+        "    y = _spoilt(jnp.swapaxes(bad, 1, 2) & ~since[..., None, None], y)\n",
+        "",
+        OF_SPLIT,
+    ),
+    Mutation(
+        "that slopes stay finite beyond what a segment ends",
+        SPLIT,
+        "_Map(jnp.where(bad | cut, 0, carry), jnp.where(bad, 0, made), bad, cut)",
+        "_Map(jnp.where(cut, 0, carry), made, bad, cut)",
+        OF_SPLIT,
+    ),
+    Mutation(
+        "the last piece's state of a split sequence",
+        SPLIT,
+        "jnp.where(line.rank == size - 1, after, 0)",
+        "jnp.where(line.rank == 0, after, 0)",
+        OF_SPLIT,
+    ),
+    Mutation(
+        "a split sequence's types on a mesh",
+        SPLIT,
+        "    first = _varying(first, q, k, v, retain, erase, rate)\n",
+        "",
+        OF_SPLIT,
+    ),
+    Mutation(
+        "that each device of a mesh runs the kernels on its part",
+        SCAN_TPU,
+        "    if mesh.size <= 1 or mesh.are_all_axes_manual:\n",
+        "    if True:\n",
+        OF_SHARDED,
+    ),
+    Mutation(
+        "the heads that a device of a mesh has",
+        "kernels/nlx_kernels/_tpu.py",
+        "return h if axis is None else h // jax.sharding.get_abstract_mesh().shape[axis]",
+        "return h",
+        OF_SHARDED,
+    ),
+    Mutation(
+        "rows that a mesh does not divide",
+        "kernels/nlx_kernels/_tpu.py",
+        "if free and length % mesh.shape[name] == 0 else",
+        "if free else",
+        OF_SHARDED,
+    ),
+    Mutation(
+        "the kernels in a training step for a GPU",
+        "kernels/nlx_kernels/linear_memory/api.py",
+        '    "mosaic_gpu": Kernel(mosaic_gpu.linear_memory, mosaic_gpu.refusal),\n',
+        "",
+        OF_STEPS,
+    ),
+    Mutation(
+        "a kernel in a CMS's training step for TPUs",
+        "kernels/nlx_kernels/cms_chain/pallas_tpu.py",
+        '    if dict(mesh.shape).get("model", 1) > 1:\n',
+        "    if True:\n",
+        OF_STEPS,
     ),
     Mutation(
         "the refusal of a state without its attention",

@@ -8,6 +8,7 @@ from nlx_kernels.cms_chain import cms_chain as cms_chain
 from nlx_kernels.fast_update import FastCarry as FastCarry
 from nlx_kernels.fast_update import fast_update as fast_update
 from nlx_kernels.linear_memory import linear_memory as linear_memory
+from nlx_kernels.linear_memory import linear_memory_split as linear_memory_split
 from nlx_kernels.mlp_memory import Made as Made
 from nlx_kernels.mlp_memory import MemoryTokens as MemoryTokens
 from nlx_kernels.mlp_memory import MLPMemoryState as MLPMemoryState

@@ -24,6 +24,7 @@ KERNEL = re.compile(
     r"Function properties for (\w+)\s+(\d+) bytes stack frame, (\d+) bytes spill stores, "
     r"(\d+) bytes spill loads\s+ptxas info\s+: Used (\d+) registers"
 )
+NAME = re.compile(r"\\00(?!stable_)(\w+)_mosaic_gpu\\00")  # in a kernel's module, as text
 
 
 class Kernel(NamedTuple):
@@ -107,13 +108,9 @@ def compile_for_gpu(function: Callable[..., Any], *arguments: Any, target: str =
         memory.
     """
     mesh = gpu_mesh(target)
-    whole = NamedSharding(mesh, PartitionSpec())
-    described = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), arguments
-    )
     start = time.perf_counter()
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), _Assembler() as assembler:
-        compiled = jax.jit(function).trace(*described).lower().compile()
+        compiled = _lower(function, arguments, mesh).compile()
     seconds = time.perf_counter() - start
     memory: Any = compiled.memory_analysis()
     kernels: dict[str, Kernel] = {}
@@ -128,6 +125,23 @@ def compile_for_gpu(function: Callable[..., Any], *arguments: Any, target: str =
         memory.temp_size_in_bytes,
         kernels,
     )
+
+
+def kernels_for_gpu(
+    function: Callable[..., Any], *arguments: Any, target: str = "h200"
+) -> set[str]:
+    """Names of the kernels in a function lowered for a GPU, without compiling it."""
+    return set(NAME.findall(_lower(function, arguments, gpu_mesh(target)).as_text()))
+
+
+def _lower(function: Callable[..., Any], arguments: Any, mesh: Mesh) -> Any:
+    """Lowers a function of described arguments for the GPU of a mesh."""
+    whole = NamedSharding(mesh, PartitionSpec())
+    described = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), arguments
+    )
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        return jax.jit(function).trace(*described).lower()
 
 
 class _Assembler:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """linear_memory: one op for RetNet, DeltaNet, Gated DeltaNet and their kin."""
 
-from typing import Literal
+from typing import Any, Literal
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -71,7 +71,18 @@ def linear_memory(
       Linear Transformers with the Delta Rule; Yang et al. (2025), Gated Delta Networks, Eq. 10.
     """
     run = choose("linear_memory", implementation, interpret, OFFERED)
-    check = Checker("linear_memory")
+    given = checked(
+        "linear_memory", q, k, v, retain=retain, erase=erase, rate=rate, state=state, read=read,
+        segment_ids=segment_ids, block_size=block_size,
+    )  # fmt: skip
+    return run(given.pop("q"), given.pop("k"), given.pop("v"), **given)
+
+
+def checked(
+    op: str, q, k, v, *, retain, erase, rate, state, read, segment_ids, block_size
+) -> dict[str, Any]:
+    """The arguments of a call of `op`, all given; raises the sentence for a bad one."""
+    check = Checker(op)
     q, k, v = check.inputs(q=(q, "b t h k"), k=(k, "b t h k"), v=(v, "b t h v"))
     retain, erase, rate = (
         check.gate(name, gate)
@@ -83,7 +94,7 @@ def linear_memory(
     if state is None:
         state = jnp.zeros([check.sizes[axis] for axis in "bhkv"], check.accumulator())
     state = check.state("state", state, "b h k v")
-    return run(
-        q, k, v, retain=retain, erase=erase, rate=rate, state=state, read=read,
+    return dict(
+        q=q, k=k, v=v, retain=retain, erase=erase, rate=rate, state=state, read=read,
         segment_ids=segment_ids, block_size=block,
     )  # fmt: skip
