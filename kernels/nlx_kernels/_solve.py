@@ -71,21 +71,23 @@ def unit_lower_inverse(a: Float[Array, "*n c c"]) -> Float[Array, "*n c c"]:
     # Of one number it is 1, whatever `a` is. JAX (0.11.2) forgets the axis of a `vmap` where a
     # function with a derivative of its own does not depend on its argument, in gradients of
     # gradients.
-    return jnp.ones_like(a) if a.shape[-1] == 1 else _inverse(a)
+    return jnp.ones_like(a) if a.shape[-1] == 1 else _inverse(a[..., None, :, :])[..., 0, :, :]
 
 
 @jax.custom_jvp
-def _inverse(a: Float[Array, "*n c c"]) -> Float[Array, "*n c c"]:
-    """`unit_lower_inverse` of two rows and more."""
+def _inverse(a: Float[Array, "*n p c c"]) -> Float[Array, "*n p c c"]:
+    """`unit_lower_inverse` of two rows and more; halves lie side by side along p.
+
+    On an axis of their own each, XLA on CPUs (jax 0.11.2) aborts under a `vmap`.
+    """
     c = a.shape[-1]
     if c <= BASE:
         return _inverse_under_masks(a)
     m = c // 2
     if c % 2:
         return _inverse(jnp.pad(a, [(0, 0)] * (a.ndim - 2) + [(0, 1)] * 2))[..., :c, :c]
-    # Side by side behind the other axes: with a `vmap` between them XLA (jax 0.11.2, CPU) aborts.
-    both = _inverse(jnp.stack([a[..., :m, :m], a[..., m:, m:]], -3))
-    first, second = both[..., 0, :, :], both[..., 1, :, :]
+    halves = _inverse(jnp.concatenate([a[..., :m, :m], a[..., m:, m:]], -3))
+    first, second = jnp.split(halves, 2, -3)
     below = -exact_product(second, exact_product(a[..., m:, :m], first))
     left = jnp.concatenate([first, below], -2)
     return jnp.concatenate([left, jnp.concatenate([jnp.zeros_like(below), second], -2)], -1)
