@@ -41,6 +41,7 @@ CMS, STREAM, OF_CMS = "nlx/nn/cms.py", "nlx/nn/continuum.py", "nlx/nn/test_conti
 LEARNER, LOOP = "experiments/nlx_experiments/learner.py", "experiments/nlx_experiments/loop.py"
 OF_TRAIN = "experiments/test_train.py"
 SCAN_TPU = "kernels/nlx_kernels/_chunk_scan_tpu.py"
+WINDOWS_TPU = "kernels/nlx_kernels/_windows_tpu.py"
 OF_LINEAR_TPU = "kernels/test_linear_memory_tpu.py"
 OF_HOPE_TPU, OF_MLP_TPU = (
     f"kernels/test_{op}_tpu.py" for op in ("self_modifying_memory", "mlp_memory")
@@ -633,16 +634,45 @@ MUTATIONS = (
     Mutation(
         "the second clock of Hope in the TPU kernels",
         "kernels/nlx_kernels/self_modifying_memory/pallas_tpu.py",
+        "marks[4:5, :1]",
         "marks[3:4, :1]",
-        "marks[2:3, :1]",
         OF_HOPE_TPU,
     ),
     Mutation(
-        "the mask of chunks past the end in the TPU kernels",
-        "kernels/nlx_kernels/mlp_memory/pallas_tpu.py",
-        "    there = marks > 0\n",
-        "    there = marks > -1\n",
+        "the mask of tokens past the end in the TPU kernels",
+        WINDOWS_TPU,
+        "there = (token >= 0) & (token < t)",
+        "there = token >= 0",
         OF_MLP_TPU,
+    ),
+    Mutation(
+        "where inside a chunk each row goes on in the TPU kernels",
+        WINDOWS_TPU,
+        "    token = place - at % c\n",
+        "    token = place - at[:1] % c\n",
+        OF_MLP_TPU,
+    ),
+    Mutation(
+        "the ends of the longer chunk of a row that goes on in Hope's TPU kernels",
+        WINDOWS_TPU,
+        "((at + token + 1) % n == 0)",
+        "((place + 1) % n == 0)",
+        OF_HOPE_TPU,
+    ),
+    Mutation(
+        "the weights of the chunk's start of a state in the TPU kernels",
+        "kernels/nlx_kernels/mlp_memory/pallas_tpu.py",
+        "state.start or state.weights",
+        "state.weights",
+        OF_MLP_TPU,
+    ),
+    Mutation(
+        "the momentum that a state hands to Hope's TPU kernels",
+        "kernels/nlx_kernels/self_modifying_memory/pallas_tpu.py",
+        "state = _State._make(_stack(form, leaf) for leaf in begin[:3])",
+        "state = _State._make(_stack(form, leaf) for leaf in begin[:3])\n"
+        "        state = state._replace(momentum=jax.tree.map(jnp.zeros_like, state.momentum))",
+        OF_HOPE_TPU,
     ),
     Mutation(
         "that derivatives of derivatives stay out of the TPU kernels",
