@@ -682,6 +682,27 @@ MUTATIONS = (
         OF_LINEAR_TPU,
     ),
     Mutation(
+        "that segments are an argument of the TPU kernels' derivative",
+        "kernels/nlx_kernels/linear_memory/pallas_tpu.py",
+        "    return run(q, k, v, retain, erase, rate, state, numbered(segment_ids, retain))\n",
+        "    ids = numbered(segment_ids, retain)\n"
+        "    run = differentiable(\n"
+        "        lambda *a: _forward(settings, *a, ids),\n"
+        "        lambda a, *rest: _backward(settings, (*a, ids), *rest)[:-1],\n"
+        "        lambda *a: plain(*a, ids),\n"
+        "    )\n"
+        "    return run(q, k, v, retain, erase, rate, state)\n",
+        OF_LINEAR_TPU,
+    ),
+    Mutation(
+        "what the GPU kernels' second derivative is of",
+        "kernels/nlx_kernels/linear_memory/mosaic_gpu.py",
+        "xla.linear_memory, call),\n    )\n    return run(q, k, v, retain, erase, rate, state, n",
+        "xla.linear_memory, call._replace(read='chunk_start')),\n    )\n"
+        "    return run(q, k, v, retain, erase, rate, state, n",
+        "kernels/test_linear_memory_gpu.py",
+    ),
+    Mutation(
         "the refusal of what does not fit a TPU core",
         "kernels/nlx_kernels/_tpu.py",
         "    if size <= VMEM_LIMIT:\n",
