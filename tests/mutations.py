@@ -703,6 +703,20 @@ MUTATIONS = (
         "kernels/test_linear_memory_gpu.py",
     ),
     Mutation(
+        "block sizes that were measured",
+        "kernels/nlx_kernels/_tuned.py",
+        "DEFAULT if entry is None else",
+        "DEFAULT if True else",
+        "kernels/test_tuned.py",
+    ),
+    Mutation(
+        "the kind of the device that is compiled for in the choice of a block size",
+        "kernels/nlx_kernels/_dispatch.py",
+        "(_absent_device() or jax.devices()[0])",
+        "jax.devices()[0]",
+        "kernels/test_tuned.py",
+    ),
+    Mutation(
         "the refusal of what does not fit a TPU core",
         "kernels/nlx_kernels/_tpu.py",
         "    if size <= VMEM_LIMIT:\n",

@@ -159,9 +159,8 @@ def numbered(segment_ids: jax.Array | None, like: jax.Array) -> jax.Array | None
     Then they can be an argument of a function with a derivative of its own: what such a function
     only closes over may belong to a trace that has ended (`jax.grad` of a `jit`).
     """
-    if segment_ids is None:
-        return None
-    return jnp.cumsum(resets(segment_ids), 1).astype(like.dtype)
+    reset = resets(segment_ids)
+    return None if reset is None else jnp.cumsum(reset, 1).astype(like.dtype)
 
 
 def _shown(value: Any) -> str:

@@ -51,7 +51,7 @@ class _Gates(NamedTuple):
 def linear_memory(
     q, k, v, *, retain, erase, rate, state, read, segment_ids, block_size, interpret=False
 ):
-    """Arguments checked and filled in; `block_size` is 64."""
+    """Arguments checked; `block_size` is 64 or None."""
     del block_size
     call = _Call(read, plgpu.InterpretGPUParams() if interpret else False)
     run = differentiable(
@@ -73,7 +73,7 @@ def refusal(q, k, v, *, block_size, interpret, **_) -> str | None:
             return (
                 f"has tiles of 64 and 128 channels; those of {name} must be 64 or 128, not {size}"
             )
-    if block_size != SIDE:
+    if block_size not in (None, SIDE):
         return f"computes 64 tokens together; block_size must be 64 or None, not {block_size}"
     return None
 

@@ -21,6 +21,7 @@ from nlx_kernels._derivative import differentiable
 from nlx_kernels._solve import interval_products_in_kernel
 from nlx_kernels.linear_memory import xla
 
+BLOCK = 64  # tokens
 EVERY = 4  # blocks from one kept state to the next
 # Arrays [c, c], [c, k] or [c, v] that a block's derivative was seen to hold in VMEM.
 HELD, HELD_FLOAT32 = 24, 60
@@ -40,6 +41,7 @@ def linear_memory(
     q, k, v, *, retain, erase, rate, state, read, segment_ids, block_size, interpret=False
 ):
     """Arguments checked and filled in; the result does not depend on `block_size`."""
+    block_size = block_size or BLOCK
     plain = functools.partial(_plain, read=read, block_size=block_size)
     settings = read, block_size, interpret
     run = differentiable(
@@ -52,7 +54,7 @@ def refusal(q, k, v, *, retain, erase, rate, state, block_size, interpret, **_) 
     """Why the kernels cannot take a call, as the end of a sentence; None if they can."""
     if not interpret and state.dtype != jnp.float32:
         return "is for float32 and bfloat16; float64 is for interpret=True, or another form"
-    settings = "after_write", block_size, interpret
+    settings = "after_write", block_size or BLOCK, interpret
     return _tpu.too_large(*_plan(settings, q, k, v, retain, erase, rate, state, None))
 
 
