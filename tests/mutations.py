@@ -45,6 +45,7 @@ SPLIT = "kernels/nlx_kernels/linear_memory/split.py"
 OF_SPLIT = "kernels/test_linear_memory_split.py"
 OF_SHARDED = "kernels/test_sharded.py"
 OF_STEPS = "nlx/nn/test_training_steps.py"
+WINDOWS_TPU = "kernels/nlx_kernels/_windows_tpu.py"
 OF_LINEAR_TPU = "kernels/test_linear_memory_tpu.py"
 OF_HOPE_TPU, OF_MLP_TPU = (
     f"kernels/test_{op}_tpu.py" for op in ("self_modifying_memory", "mlp_memory")
@@ -637,16 +638,45 @@ MUTATIONS = (
     Mutation(
         "the second clock of Hope in the TPU kernels",
         "kernels/nlx_kernels/self_modifying_memory/pallas_tpu.py",
+        "marks[4:5, :1]",
         "marks[3:4, :1]",
-        "marks[2:3, :1]",
         OF_HOPE_TPU,
     ),
     Mutation(
-        "the mask of chunks past the end in the TPU kernels",
-        "kernels/nlx_kernels/mlp_memory/pallas_tpu.py",
-        "    there = marks > 0\n",
-        "    there = marks > -1\n",
+        "the mask of tokens past the end in the TPU kernels",
+        WINDOWS_TPU,
+        "there = (token >= 0) & (token < t)",
+        "there = token >= 0",
         OF_MLP_TPU,
+    ),
+    Mutation(
+        "where inside a chunk each row goes on in the TPU kernels",
+        WINDOWS_TPU,
+        "    token = place - at % c\n",
+        "    token = place - at[:1] % c\n",
+        OF_MLP_TPU,
+    ),
+    Mutation(
+        "the ends of the longer chunk of a row that goes on in Hope's TPU kernels",
+        WINDOWS_TPU,
+        "((at + token + 1) % n == 0)",
+        "((place + 1) % n == 0)",
+        OF_HOPE_TPU,
+    ),
+    Mutation(
+        "the weights of the chunk's start of a state in the TPU kernels",
+        "kernels/nlx_kernels/mlp_memory/pallas_tpu.py",
+        "state.start or state.weights",
+        "state.weights",
+        OF_MLP_TPU,
+    ),
+    Mutation(
+        "the momentum that a state hands to Hope's TPU kernels",
+        "kernels/nlx_kernels/self_modifying_memory/pallas_tpu.py",
+        "state = _State._make(_stack(form, leaf) for leaf in begin[:3])",
+        "state = _State._make(_stack(form, leaf) for leaf in begin[:3])\n"
+        "        state = state._replace(momentum=jax.tree.map(jnp.zeros_like, state.momentum))",
+        OF_HOPE_TPU,
     ),
     Mutation(
         "that derivatives of derivatives stay out of the TPU kernels",
@@ -654,6 +684,41 @@ MUTATIONS = (
         "result, kept = both(*arrays)",
         "result, kept = forward(*arrays)",
         OF_LINEAR_TPU,
+    ),
+    Mutation(
+        "that segments are an argument of the TPU kernels' derivative",
+        "kernels/nlx_kernels/linear_memory/pallas_tpu.py",
+        "    return run(q, k, v, retain, erase, rate, state, numbered(segment_ids, retain))\n",
+        "    ids = numbered(segment_ids, retain)\n"
+        "    run = differentiable(\n"
+        "        lambda *a: _forward(settings, *a, ids),\n"
+        "        lambda a, *rest: _backward(settings, (*a, ids), *rest)[:-1],\n"
+        "        lambda *a: plain(*a, ids),\n"
+        "    )\n"
+        "    return run(q, k, v, retain, erase, rate, state)\n",
+        OF_LINEAR_TPU,
+    ),
+    Mutation(
+        "what the GPU kernels' second derivative is of",
+        "kernels/nlx_kernels/linear_memory/mosaic_gpu.py",
+        "xla.linear_memory, call),\n    )\n    return run(q, k, v, retain, erase, rate, state, n",
+        "xla.linear_memory, call._replace(read='chunk_start')),\n    )\n"
+        "    return run(q, k, v, retain, erase, rate, state, n",
+        "kernels/test_linear_memory_gpu.py",
+    ),
+    Mutation(
+        "block sizes that were measured",
+        "kernels/nlx_kernels/_tuned.py",
+        "DEFAULT if entry is None else",
+        "DEFAULT if True else",
+        "kernels/test_tuned.py",
+    ),
+    Mutation(
+        "the kind of the device that is compiled for in the choice of a block size",
+        "kernels/nlx_kernels/_dispatch.py",
+        "(_absent_device() or jax.devices()[0])",
+        "jax.devices()[0]",
+        "kernels/test_tuned.py",
     ),
     Mutation(
         "the refusal of what does not fit a TPU core",

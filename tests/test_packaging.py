@@ -57,6 +57,19 @@ def test_wheel_holds_the_three_packages():
     }
 
 
+def test_what_was_measured_lies_in_the_package_and_is_kept_by_git():
+    """So it is in the wheel, which takes all of a package but what git ignores."""
+    import subprocess
+
+    from nlx_kernels import _tuned
+
+    files = [str(file) for file in _tuned.FOLDER.glob("*.json")]
+    assert files
+    assert pathlib.Path(files[0]).is_relative_to(ROOT / "kernels/nlx_kernels")
+    ignored = subprocess.run(["git", "check-ignore", *files], cwd=ROOT, capture_output=True)
+    assert ignored.stdout == b""
+
+
 def test_nothing_names_this_machine():
     files = [p for p in ROOT.rglob("*") if p.suffix in {".md", ".py", ".toml", ".txt"}]
     for path in files:

@@ -2,6 +2,7 @@
 """`nlx bench`: every op, implementation and shape against what the device reaches at best.
 
 command    nlx bench [--ops linear_memory ...] [--shapes batch ...] [--implementations xla ...]
+           nlx bench --ops linear_memory --tune      block sizes, kept for this kind of device
            nlx bench --ahead-of-time h200            compiles instead, for a GPU that is not there
            nlx bench --ahead-of-time tpu:v5p:2x2x1   or for TPUs
 shows      median milliseconds, nanoseconds a token and head, TFLOP/s and GB/s by the formulas of
@@ -22,7 +23,7 @@ import matplotlib.pyplot as plt
 from nlx_kernels import Implementation, ahead_of_time, ahead_of_time_gpu
 from nlx_kernels.ahead_of_time_gpu import TARGETS
 
-from nlx_experiments import bench_ops, report, runs
+from nlx_experiments import bench_ops, bench_tune, report, runs
 from nlx_experiments.console import say
 from nlx_experiments.errors import Refused
 
@@ -40,6 +41,7 @@ class Bench:
       implementations: what is timed; empty: what None chooses.
       ahead_of_time: h100, h200, or TPUs such as tpu:v5p:2x2x1: compile for it, time nothing.
       out: folder for bench.json, bench.md and bench.png.
+      tune: time the block sizes of linear_memory, and keep those that are quicker.
       record: with `ahead_of_time`, keep registers and spills as what tests compare with.
     """
 
@@ -49,11 +51,16 @@ class Bench:
     ahead_of_time: str | None = None
     out: pathlib.Path = pathlib.Path("runs/bench")
     record: bool = False
+    tune: bool = False
 
 
 def main(options: Bench) -> None:
     """Measures, prints a line for each, and writes table and picture."""
     chosen = choose(options)
+    if options.tune:
+        if {op for op, *_ in chosen} != {bench_tune.OP} or options.ahead_of_time is not None:
+            raise Refused(f"`tune` is for `--ops {bench_tune.OP}`, on this machine's device.")
+        return bench_tune.tune([shape for _, shape, _ in chosen])
     options.out.mkdir(parents=True, exist_ok=True)
     if options.ahead_of_time is not None:
         return compile_(options, chosen)

@@ -153,6 +153,16 @@ def resets(segment_ids: jax.Array | None) -> jax.Array | None:
     return jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)))
 
 
+def numbered(segment_ids: jax.Array | None, like: jax.Array) -> jax.Array | None:
+    """The segments of each row numbered from 0, with the same resets, as numbers like the gates.
+
+    Then they can be an argument of a function with a derivative of its own: what such a function
+    only closes over may belong to a trace that has ended (`jax.grad` of a `jit`).
+    """
+    reset = resets(segment_ids)
+    return None if reset is None else jnp.cumsum(reset, 1).astype(like.dtype)
+
+
 def _shown(value: Any) -> str:
     return f"an array of shape {value.shape}" if hasattr(value, "shape") else repr(value)
 

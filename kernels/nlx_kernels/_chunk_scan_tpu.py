@@ -46,6 +46,8 @@ class Plan(NamedTuple):
       work: bytes of VMEM that `step` and its derivative take beside state and tokens, as compilers
         were seen to take.
       interpret: run on the CPU, on memory that is NaN until written.
+      holds: marks of a chunk -> whether it has tokens; those that have none come last, and are left
+        out. None: all have some.
     """
 
     name: str
@@ -55,6 +57,7 @@ class Plan(NamedTuple):
     precision: str
     work: int
     interpret: bool
+    holds: Callable[[Any], jax.Array] | None = None
 
 
 def forward(plan: Plan, constants: Any, state: Any, tokens: Any, marks: Any):
@@ -167,13 +170,12 @@ def _forward_kernel(plan, constants, first, tokens, marks, y, last, kept, state)
 
     _put(kept, _get(state))
 
-    def chunk(n, carry):
+    def chunk(n):
         after, read = plan.step(_get(constants), _get(state), _at(tokens, n), _at(marks, n))
         _put(state, after)
         y[:, n] = read
-        return carry
 
-    _loop(plan.every, chunk)
+    _loop(plan, plan.every, marks, chunk)
 
     @pl.when(group == pl.num_programs(2) - 1)
     def _():
@@ -193,16 +195,14 @@ def _backward_kernel(
 
     _put_at(states, 0, _get(kept))
 
-    def again(n, carry):
+    def again(n):
         state = _row(states, n)
         after, _ = plan.step(_get(constants), state, _at(tokens, n), _at(marks, n))
         _put_at(states, n + 1, after)
-        return carry
 
-    _loop(plan.every - 1, again)
+    _loop(plan, plan.every - 1, marks, again)
 
-    def pull(n, carry):
-        n = plan.every - 1 - n
+    def pull(n):
         run = lambda *parts: plan.step(*parts, _at(marks, n))
         _, back = jax.vjp(run, _get(constants), _row(states, n), _at(tokens, n))
         constant, state, token = back((_get(by_state), by_y[:, n]))
@@ -210,21 +210,30 @@ def _backward_kernel(
         _put(by_state, state)
         for ref, value in zip(jax.tree.leaves(by_tokens), jax.tree.leaves(token), strict=True):
             ref[:, n] = value
-        return carry
 
-    _loop(plan.every, pull)
+    _loop(plan, plan.every, marks, pull, reverse=True)
 
     @pl.when(step == pl.num_programs(2) - 1)
     def _():
         _put(by_first, _get(by_state))
 
 
-def _loop(count: int, body: Callable) -> None:
-    """A loop with 32-bit indices, whatever `jax_enable_x64` says."""
+def _loop(plan: Plan, count: int, marks: Any, body: Callable, reverse: bool = False) -> None:
+    """Over those of a group's first `count` chunks that have tokens.
+
+    Indices have 32 bits, whatever `jax_enable_x64` says.
+    """
+
+    def one(n, carry):
+        n = count - 1 - n if reverse else n
+        there = True if plan.holds is None else plan.holds(_at(marks, n))
+        pl.when(there)(lambda: body(n))
+        return carry
+
     if count == 1:
-        body(0, None)
+        one(0, None)
     elif count:
-        jax.lax.fori_loop(jnp.int32(0), jnp.int32(count), body, None)
+        jax.lax.fori_loop(jnp.int32(0), jnp.int32(count), one, None)
 
 
 def _get(tree: Any) -> Any:

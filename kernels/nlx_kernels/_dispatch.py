@@ -90,7 +90,17 @@ def choose(
 def platform() -> str | None:
     """The platform for which is traced: "tpu", "gpu" or "cpu"; None: several devices, no mesh."""
     mesh = jax.sharding.get_abstract_mesh()
-    device = getattr(mesh, "abstract_device", None)
+    device = _absent_device()
     if device is not None:
         return device.platform
     return jax.default_backend() if not mesh.empty or jax.device_count() == 1 else None
+
+
+def device_kind() -> str:
+    """The kind of device for which is traced, as jax names it."""
+    return (_absent_device() or jax.devices()[0]).device_kind
+
+
+def _absent_device() -> Any:
+    """The device that the mesh in context describes without having it, or None."""
+    return getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)

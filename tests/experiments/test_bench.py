@@ -5,9 +5,9 @@ import json
 
 import jax
 import pytest
-from nlx_experiments import bench, bench_fla, bench_ops
+from nlx_experiments import bench, bench_fla, bench_ops, bench_tune
 from nlx_experiments.errors import Refused
-from nlx_kernels import ahead_of_time
+from nlx_kernels import _tuned, ahead_of_time
 from nlx_kernels.linear_memory.shapes import Shape
 
 TINY = {"linear_memory": {"cpu": bench_ops.linear(Shape(1, 8, 2, 4, 4))}}
@@ -74,3 +74,32 @@ def test_ahead_of_time_for_tpus(tmp_path):
     found = json.loads((tmp_path / "ahead_of_time.json").read_text())
     assert set(found["kernels"]) == {"linear_memory", "linear_memory_backward"}
     assert all(takes["VMEM"] > 0 for takes in found["kernels"].values())
+
+
+def test_a_block_size_is_kept_where_it_is_the_quickest_twice_and_by_enough():
+    slow, best = {16: 9.0, 32: 8.0, 64: 10.0}, {16: 9.0, 32: 8.5, 64: 10.0}
+    assert bench_tune.quicker(slow, best) == 32
+    assert bench_tune.quicker(slow, {16: 8.0, 32: 8.5, 64: 10.0}) is None  # not the same
+    assert bench_tune.quicker(slow, {16: 9.0, 32: 8.5, 64: 8.9}) is None  # by too little
+    assert bench_tune.quicker({16: 9.0, 64: 8.0}, {16: 9.0, 64: 8.0}) is None
+
+
+def test_tune_times_every_size_and_writes_what_the_op_reads(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench_tune, "BENCH", {"tiny": Shape(1, 8, 1, 4, 4)})
+    monkeypatch.setattr(bench_tune, "ROUNDS", 1)
+    monkeypatch.setattr(bench_tune, "SIZES", (4, 64))
+    monkeypatch.setattr(bench_tune, "quicker", lambda first, _: 4 if set(first) == {4, 64} else 0)
+    bench_tune.tune(["tiny"], tmp_path)
+    entries = _tuned.table(tmp_path, "cpu")
+    assert {name: entry["block_size"] for name, entry in entries.items()} == {
+        "linear_memory float32 4": 4,
+        "linear_memory bfloat16 4": 4,
+    }
+    monkeypatch.setattr(bench_tune, "quicker", lambda *_: None)
+    bench_tune.tune(["tiny"], tmp_path)
+    assert json.loads((tmp_path / "cpu.json").read_text()) == {}
+
+
+def test_tune_is_for_the_op_that_has_a_block_size():
+    with pytest.raises(Refused, match="`tune` is for `--ops linear_memory`"):
+        bench.main(bench.Bench(ops=("mlp_memory",), tune=True))

@@ -89,6 +89,18 @@ def test_gradients_of_gradients_are_those_of_the_xla_form(draw, x64, agree):
     agree(slope("pallas_tpu", given), slope("xla", given), 1e-9)
 
 
+def test_segments_may_belong_to_a_trace_that_is_differentiated_from_outside(draw, x64, agree):
+    """As where the layers of a model are a loop or a `jit`, and the gradient is taken outside."""
+    given = tokens(draw, shapes.Shape(2, 9, 1, 3, 2))
+    ids = draw.segments(2, 9, share=0.3)
+
+    def loss(implementation, given, ids):
+        return jnp.sum(jnp.sin(call(given | dict(segment_ids=ids), implementation, 4)[0]))
+
+    slope = lambda form: jax.grad(jax.jit(functools.partial(loss, form)))(given, ids)
+    agree(slope("pallas_tpu"), slope("reference"), 1e-9)
+
+
 def test_what_does_not_fit_is_refused(draw):
     given = tokens(draw, shapes.Shape(1, 4096, 1, 256, 256))
     lower = lambda given, block_size: jax.jit(

@@ -9,6 +9,7 @@ import nlx_kernels
 import pytest
 from nlx_kernels.mlp_memory import shapes
 
+SLOW = pytest.mark.slow
 LIMITS = dict(clip=0.5, bound=1.5)  # low enough to be met
 
 
@@ -32,6 +33,18 @@ def tokens(draw, shape, correlation=0.0, momentum=True, erase=True, norm=False):
         given["erase"] = draw.gate(b, t, h)
     weights = tuple(draw.normal(*size) / size[1] ** 0.5 for size in shape.weights)
     return given | dict(weights=weights)
+
+
+def floats(dtype, tree):
+    return jax.tree.map(lambda x: x if x.dtype == jnp.int32 else x.astype(dtype), tree)
+
+
+def running(draw, shape, momentum=True, position=None):
+    """A state inside a chunk, each row elsewhere, as far from the chunk's start as can be."""
+    leaves = lambda: tuple(draw.normal(shape.b, *w) / w[1] ** 0.5 for w in shape.weights)
+    position = 3 + 5 * jnp.arange(shape.b) if position is None else jnp.asarray(position)
+    buffer = leaves() if momentum else None
+    return nlx_kernels.MLPMemoryState(leaves(), leaves(), buffer, position.astype(jnp.int32))
 
 
 def call(given, implementation, shape, **options):
@@ -66,23 +79,86 @@ def test_kernels_are_the_reference(name, momentum, erase, options, draw, gradien
 
 
 @pytest.mark.parametrize(
-    ("dtype", "rows"),
+    ("name", "position", "momentum", "erase", "options"),
     [
-        (jnp.float32, [(0.0, 2e-6, 5e-6), (0.9, 2e-6, 5e-6)]),
-        pytest.param(jnp.bfloat16, [(0.0, 1e-2, 2e-2), (0.9, 3e-2, 5e-2)], marks=pytest.mark.slow),
+        ("ragged-63", (5, 48), True, True, LIMITS),
+        pytest.param(
+            "whole-64", (31, 30), False, True, dict(norm=True, activation="silu"), marks=SLOW
+        ),
+        pytest.param("online-24", (3, 0), True, False, {}, marks=SLOW),
+        pytest.param(
+            "deep-100", (2,), True, False, dict(read="chunk_start", residual=False), marks=SLOW
+        ),
     ],
 )
-def test_low_precision(dtype, rows, draw, gradients, x64, agree):
-    shape = shapes.TESTS["ragged-63"]
+def test_kernels_go_on_from_any_position(
+    name, position, momentum, erase, options, draw, gradients, x64, agree
+):
+    """States included, and the weights of a chunk's start apart from those of its last token."""
+    shape = shapes.TESTS[name]
+    given = tokens(draw, shape, 0.9, momentum, erase, "norm" in options)
+    given |= dict(weights=None, state=running(draw, shape, momentum, position))
+    want = form(gradients, "reference", shape, **options)(given)
+    agree(form(gradients, "pallas_tpu", shape, **options)(given), want, 1e-9)
+
+
+@pytest.mark.parametrize("cuts", [pytest.param((32, 16, 16), marks=SLOW), (17, 30, 17)])
+def test_whole_is_its_parts(cuts, draw, x64, agree):
+    """Parts that are whole chunks, and others; then single tokens, which the XLA form takes."""
+    shape = shapes.TESTS["whole-64"]
+    given = tokens(draw, shape)
+    run = jax.jit(functools.partial(call, implementation="pallas_tpu", shape=shape))
+    one = jax.jit(functools.partial(call, implementation="xla", shape=shape))
+    whole = run(given)
+    take = lambda start, n: {
+        name: x if name == "weights" else x[:, start : start + n] for name, x in given.items()
+    }
+    for parts, form in ((cuts, run), ((1,) * 64, one)):
+        reads, state, begin = [], {}, 0
+        for n in parts:
+            part = take(begin, n) | (dict(weights=None, state=state) if begin else {})
+            y, state = (run if n >= shape.chunk_size else form)(part)
+            reads, begin = [*reads, y], begin + n
+        agree((jnp.concatenate(reads, 1), state), whole, 1e-11)
+
+
+@SLOW
+@pytest.mark.parametrize("state", [False, True])
+def test_gradients_of_gradients_are_those_of_the_xla_form(state, draw, x64, agree):
+    shape = shapes.Shape(1, 4, 1, 2, (), 2, 2)
+    given = tokens(draw, shape, momentum=state)
+    given |= dict(weights=None, state=running(draw, shape)) if state else {}
+
+    def slope(implementation):
+        loss = lambda given: jnp.sum(jnp.sin(call(given, implementation, shape)[0]))
+        grads = lambda given: jax.tree.leaves(jax.grad(loss, allow_int=True)(given))
+        size = lambda given: sum(jnp.sum(g**2) for g in grads(given) if g.dtype == jnp.float64)
+        slopes = jax.jit(jax.grad(size, allow_int=True))(given)
+        return [x for x in jax.tree.leaves(slopes) if x.dtype == jnp.float64]
+
+    agree(slope("pallas_tpu"), slope("xla"), 1e-9)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "goes_on", "rows"),
+    [
+        (jnp.float32, False, [(0.0, 2e-6, 5e-6), (0.9, 2e-6, 5e-6)]),
+        (jnp.float32, True, [(0.0, 2e-6, 5e-6)]),
+        pytest.param(jnp.bfloat16, False, [(0.0, 1e-2, 2e-2), (0.9, 3e-2, 5e-2)], marks=SLOW),
+    ],
+)
+def test_low_precision(dtype, goes_on, rows, draw, gradients, x64, agree):
+    shape = shapes.Shape(2, 20, 1, 4, (5,), 4, 8) if goes_on else shapes.TESTS["ragged-63"]
     reference = form(gradients, "reference", shape)
     kernels = form(gradients, "pallas_tpu", shape)
     for correlation, values, grads in rows:
         given = tokens(draw, shape, correlation)
-        low = jax.tree.map(lambda x: x.astype(jnp.float32), given)
+        given |= dict(weights=None, state=running(draw, shape)) if goes_on else {}
+        low = floats(jnp.float32, given)
         low |= {name: low[name].astype(dtype) for name in ("q", "k", "v")}
         outputs, slopes = kernels(low)
         assert outputs[0].dtype == dtype
-        want = reference(jax.tree.map(lambda x: x.astype(jnp.float64), low))
+        want = reference(floats(jnp.float64, low))
         agree(outputs, want[0], values)
         agree(slopes, want[1], grads)
 
@@ -90,7 +166,7 @@ def test_low_precision(dtype, rows, draw, gradients, x64, agree):
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        (dict(segment_ids=jnp.zeros((2, 63), jnp.int32)), "begins at the start of a sequence"),
+        (dict(segment_ids=jnp.zeros((2, 63), jnp.int32)), "is without segment_ids"),
         (dict(chunk_size=64), "needs a whole chunk"),
     ],
 )

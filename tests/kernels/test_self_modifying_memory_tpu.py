@@ -10,6 +10,7 @@ import pytest
 from nlx_kernels.self_modifying_memory import shapes
 
 BOXES = ("key", "value", "rate", "retain", "memory")
+SLOW = pytest.mark.slow
 LIMITS = dict(clip=0.5, bound=1.5)  # low enough to be met
 
 
@@ -29,6 +30,23 @@ def tokens(draw, shape, correlation=0.0, momentum=True, query=False, retain_bias
         retain_bias=draw.normal(h) + retain_bias,
     )
     return given | dict(parameters=parameters)
+
+
+def floats(dtype, tree):
+    return jax.tree.map(lambda x: x if x.dtype == jnp.int32 else x.astype(dtype), tree)
+
+
+def halved(tree):
+    return jax.tree.map(lambda x: x if x.dtype == jnp.int32 else 0.5 * x, tree)
+
+
+def running(draw, shape, boxes=BOXES, momentum=True, position=(5, 48)):
+    """A state inside chunks, each row elsewhere, as far from the chunks' starts as can be."""
+    b, _, h, d, f = shape[:5]
+    layers = lambda: (draw.normal(b, h, d, f) / d**0.5, draw.normal(b, h, f, d) / f**0.5)
+    weights, start, buffer = ({box: layers() for box in boxes} for _ in range(3))
+    position = jnp.asarray(position[:b], jnp.int32)
+    return nlx_kernels.SelfModifyingState(weights, start, buffer if momentum else None, position)
 
 
 def call(given, implementation, shape, **options):
@@ -67,25 +85,86 @@ def test_kernels_are_the_reference(name, momentum, query, options, draw, gradien
 
 
 @pytest.mark.parametrize(
-    ("dtype", "rows"),
+    ("name", "position", "momentum", "query", "options"),
     [
-        (jnp.float32, [(0.0, 2e-6, 5e-6), (0.9, 2e-6, 5e-6)]),
-        pytest.param(jnp.bfloat16, [(0.0, 1e-2, 2e-2), (0.9, 3e-2, 5e-2)], marks=pytest.mark.slow),
+        pytest.param("online-24", (3, 0), False, False, {}, marks=SLOW),
+        ("mixed-63", (5, 48), True, True, LIMITS),
+        pytest.param(
+            "mixed-64", (31,), False, False, dict(read="chunk_start", erase=False), marks=SLOW
+        ),
     ],
 )
-def test_low_precision(dtype, rows, draw, gradients, x64, agree):
-    shape = shapes.TESTS["mixed-63"]
+def test_kernels_go_on_from_any_position(
+    name, position, momentum, query, options, draw, gradients, x64, agree
+):
+    """States included, and the weights of a chunk's start apart from those of its last token."""
+    shape = shapes.TESTS[name]
+    given = tokens(draw, shape, 0.9, momentum, query)
+    boxes = (*BOXES, "query") if query else BOXES
+    given |= dict(state=running(draw, shape, boxes, momentum, position))
+    want = form(gradients, "reference", shape, **options)(given)
+    agree(form(gradients, "pallas_tpu", shape, **options)(given), want, 1e-9)
+
+
+@pytest.mark.parametrize("cuts", [pytest.param((16, 32, 16), marks=SLOW), (17, 30, 17)])
+def test_whole_is_its_parts(cuts, draw, x64, agree):
+    """Parts that are whole windows, and others; then single tokens, which the XLA form takes."""
+    shape = shapes.TESTS["mixed-64"]
+    given = tokens(draw, shape)
+    run = jax.jit(functools.partial(call, implementation="pallas_tpu", shape=shape))
+    one = jax.jit(functools.partial(call, implementation="xla", shape=shape))
+    whole = run(given)
+    take = lambda start, n: {
+        name: x if name == "parameters" else jax.tree.map(lambda x: x[:, start : start + n], x)
+        for name, x in given.items()
+    }
+    for parts, form in ((cuts, run), ((1,) * 64, one)):
+        reads, state, begin = [], {}, 0
+        for n in parts:
+            y, state = form(take(begin, n) | (dict(state=state) if begin else {}))
+            reads, begin = [*reads, y], begin + n
+        agree((jnp.concatenate(reads, 1), state), whole, 1e-11)
+
+
+@SLOW
+@pytest.mark.parametrize("state", [False, True])
+def test_gradients_of_gradients_are_those_of_the_xla_form(state, draw, x64, agree):
+    shape = shapes.Shape(1, 2, 1, 2, 1, 1, 1)
+    given = tokens(draw, shape, momentum=state)
+    given |= dict(state=running(draw, shape, momentum=True)) if state else {}
+
+    def slope(implementation):
+        loss = lambda given: jnp.sum(jnp.sin(call(given, implementation, shape)[0]))
+        grads = lambda given: jax.tree.leaves(jax.grad(loss, allow_int=True)(given))
+        size = lambda given: sum(jnp.sum(g**2) for g in grads(given) if g.dtype == jnp.float64)
+        slopes = jax.jit(jax.grad(size, allow_int=True))(given)
+        return [x for x in jax.tree.leaves(slopes) if x.dtype == jnp.float64]
+
+    agree(slope("pallas_tpu"), slope("xla"), 1e-9)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "goes_on", "rows"),
+    [
+        (jnp.float32, False, [(0.0, 2e-6, 5e-6), (0.9, 2e-6, 5e-6)]),
+        (jnp.float32, True, [(0.0, 2e-6, 5e-6)]),
+        pytest.param(jnp.bfloat16, False, [(0.0, 1e-2, 2e-2), (0.9, 3e-2, 5e-2)], marks=SLOW),
+    ],
+)
+def test_low_precision(dtype, goes_on, rows, draw, gradients, x64, agree):
+    shape = shapes.Shape(2, 20, 1, 4, 3, 8, 16) if goes_on else shapes.TESTS["mixed-63"]
     reference = form(gradients, "reference", shape)
     kernels = form(gradients, "pallas_tpu", shape)
     for correlation, values, grads in rows:
         given = tokens(draw, shape, correlation)
-        given["parameters"] = jax.tree.map(lambda x: 0.5 * x, given["parameters"])
-        low = jax.tree.map(lambda x: x.astype(jnp.float32), given)
+        given |= dict(state=running(draw, shape)) if goes_on else {}
+        given |= {name: halved(given[name]) for name in ("parameters", "state") if name in given}
+        low = floats(jnp.float32, given)
         low |= jax.tree.map(lambda x, to=dtype: x.astype(to), {n: low[n] for n in ("x", "q")})
         outputs, slopes = kernels(low)
         assert outputs[0].dtype == dtype
         assert {leaf.dtype for leaf in outputs[1:]} == {jnp.dtype("float32")}
-        want = reference(jax.tree.map(lambda x: x.astype(jnp.float64), low))
+        want = reference(floats(jnp.float64, low))
         agree(outputs, want[0], values)
         agree(slopes, want[1], grads)
 
@@ -93,7 +172,7 @@ def test_low_precision(dtype, rows, draw, gradients, x64, agree):
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        (dict(segment_ids=jnp.zeros((2, 63), jnp.int32)), "begins at the start of a sequence"),
+        (dict(segment_ids=jnp.zeros((2, 63), jnp.int32)), "is without segment_ids"),
         (dict(chunk_size=12, projection_chunk_size=18), "of which one divides the other"),
     ],
 )

@@ -17,7 +17,7 @@ import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 
-from nlx_kernels._checks import resets
+from nlx_kernels._checks import numbered, resets
 from nlx_kernels._derivative import differentiable
 from nlx_kernels._mosaic import SIDE, is_hopper
 from nlx_kernels.linear_memory import xla
@@ -34,7 +34,6 @@ class _Call(NamedTuple):
     """What of a call is no array with a gradient."""
 
     read: str
-    segment_ids: jax.Array | None
     interpret: object
 
 
@@ -52,15 +51,15 @@ class _Gates(NamedTuple):
 def linear_memory(
     q, k, v, *, retain, erase, rate, state, read, segment_ids, block_size, interpret=False
 ):
-    """Arguments checked and filled in; `block_size` is 64."""
+    """Arguments checked; `block_size` is 64 or None."""
     del block_size
-    call = _Call(read, segment_ids, plgpu.InterpretGPUParams() if interpret else False)
+    call = _Call(read, plgpu.InterpretGPUParams() if interpret else False)
     run = differentiable(
         functools.partial(_forward, call),
         functools.partial(_backward, call),
         functools.partial(_guarded, xla.linear_memory, call),
     )
-    return run(q, k, v, retain, erase, rate, state)
+    return run(q, k, v, retain, erase, rate, state, numbered(segment_ids, retain))
 
 
 def refusal(q, k, v, *, block_size, interpret, **_) -> str | None:
@@ -74,7 +73,7 @@ def refusal(q, k, v, *, block_size, interpret, **_) -> str | None:
             return (
                 f"has tiles of 64 and 128 channels; those of {name} must be 64 or 128, not {size}"
             )
-    if block_size != SIDE:
+    if block_size not in (None, SIDE):
         return f"computes 64 tokens together; block_size must be 64 or None, not {block_size}"
     return None
 
@@ -91,29 +90,29 @@ def _backward(call: _Call, arrays, finite, cotangent):
     return jax.lax.cond(finite > 0, lambda: _fast_backward(call, arrays, cotangent), again)
 
 
-def _guarded(form, call: _Call, q, k, v, retain, erase, rate, state):
+def _guarded(form, call: _Call, q, k, v, retain, erase, rate, state, segment_ids):
     """Another form, or the kernels, between what takes out what is not finite and its mark."""
     return guarded(form)(
         q, k, v, retain=retain, erase=erase, rate=rate, state=state, read=call.read,
-        segment_ids=call.segment_ids, block_size=SIDE,
+        segment_ids=segment_ids, block_size=SIDE,
         **({"call": call} if form is _fast else {}),
     )  # fmt: skip
 
 
-def _fast(q, k, v, *, retain, erase, rate, state, call, **_):
+def _fast(q, k, v, *, retain, erase, rate, state, segment_ids, call, **_):
     """The kernels, for what is finite."""
     run = differentiable(
         lambda *arrays: (_fast_forward(call, *arrays)[:2], ()),
         lambda arrays, _, cotangent: _fast_backward(call, arrays, cotangent),
         functools.partial(_guarded, xla.linear_memory, call),
     )
-    return run(q, k, v, retain, erase, rate, state)
+    return run(q, k, v, retain, erase, rate, state, segment_ids)
 
 
-def _fast_forward(call: _Call, q, k, v, retain, erase, rate, state):
+def _fast_forward(call: _Call, q, k, v, retain, erase, rate, state, segment_ids):
     """y, the state, and for each head and value 0, or NaN where a read was not finite."""
     t, options = q.shape[1], dict(interpret=call.interpret)
-    q, k, v, gates = _cut(call, q, k, v, retain, erase, rate)
+    q, k, v, gates = _cut(segment_ids, q, k, v, retain, erase, rate)
     of_prepare, of_scan = _of_prepare(gates), _of_scan(call.read, gates)
     parts = prepare(q, k, _stack(*of_prepare), read=call.read, inverse=False, **options)
     y, last, spoiled = scan(q, k, v, *parts, _stack(*of_scan), _turn(state), reads=True, **options)
@@ -122,10 +121,10 @@ def _fast_forward(call: _Call, q, k, v, retain, erase, rate, state):
 
 def _fast_backward(call: _Call, arrays, cotangent):
     """The slope of every array."""
-    q, k, v, retain, erase, rate, state = arrays
+    q, k, v, retain, erase, rate, state, segment_ids = arrays
     dy, d_last = cotangent
     t, options = q.shape[1], dict(interpret=call.interpret)
-    q, k, v, gates = _cut(call, q, k, v, retain, erase, rate)
+    q, k, v, gates = _cut(segment_ids, q, k, v, retain, erase, rate)
     dy = _fill(dy, 0)
     of_prepare, of_scan = _of_prepare(gates), _of_scan(call.read, gates)
     vectors = _stack(*of_scan)
@@ -138,12 +137,13 @@ def _fast_backward(call: _Call, arrays, cotangent):
     )
     along = lambda x: jnp.moveaxis(x.reshape(*retain.shape[::2], -1), 1, 2)
     answer = [*tokens, *(along(x) for x in _gate_slopes(call.read, gates, sums))]
-    return *(x[:, :t] for x in answer), _turn(first).reshape(state.shape)
+    no_slope = jax.tree.map(jnp.zeros_like, segment_ids)
+    return *(x[:, :t] for x in answer), _turn(first).reshape(state.shape), no_slope
 
 
-def _cut(call: _Call, q, k, v, retain, erase, rate):
+def _cut(segment_ids, q, k, v, retain, erase, rate):
     """Whole chunks, the last one filled up with tokens that change nothing; and their gates."""
-    reset = resets(call.segment_ids)
+    reset = resets(segment_ids)
     kept = jnp.ones_like(retain[..., 0]) if reset is None else 1.0 - reset
     kept = jnp.broadcast_to(kept[..., None], retain.shape).astype(retain.dtype)
     kept, retain, erase, rate = (

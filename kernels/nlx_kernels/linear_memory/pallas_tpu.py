@@ -16,11 +16,12 @@ import jax.numpy as jnp
 
 from nlx_kernels import _chunk_scan_tpu as chunk_scan
 from nlx_kernels import _tpu
-from nlx_kernels._checks import resets
+from nlx_kernels._checks import numbered, resets
 from nlx_kernels._derivative import differentiable
 from nlx_kernels._solve import interval_products_in_kernel
 from nlx_kernels.linear_memory import xla
 
+BLOCK = 64  # tokens
 EVERY = 4  # blocks from one kept state to the next
 # Arrays [c, c], [c, k] or [c, v] that a block's derivative was seen to hold in VMEM.
 HELD, HELD_FLOAT32 = 24, 60
@@ -40,53 +41,56 @@ def linear_memory(
     q, k, v, *, retain, erase, rate, state, read, segment_ids, block_size, interpret=False
 ):
     """Arguments checked and filled in; the result does not depend on `block_size`."""
-    plain = functools.partial(_plain, read=read, segment_ids=segment_ids, block_size=block_size)
-    settings = read, segment_ids, block_size, interpret
+    block_size = block_size or BLOCK
+    plain = functools.partial(_plain, read=read, block_size=block_size)
+    settings = read, block_size, interpret
     run = differentiable(
         functools.partial(_forward, settings), functools.partial(_backward, settings), plain
     )
-    return run(q, k, v, retain, erase, rate, state)
+    return run(q, k, v, retain, erase, rate, state, numbered(segment_ids, retain))
 
 
 def refusal(q, k, v, *, retain, erase, rate, state, block_size, interpret, **_) -> str | None:
     """Why the kernels cannot take a call, as the end of a sentence; None if they can."""
     if not interpret and state.dtype != jnp.float32:
         return "is for float32 and bfloat16; float64 is for interpret=True, or another form"
-    settings = "after_write", None, block_size, interpret
-    return _tpu.too_large(*_plan(settings, q, k, v, retain, erase, rate, state))
+    settings = "after_write", block_size or BLOCK, interpret
+    return _tpu.too_large(*_plan(settings, q, k, v, retain, erase, rate, state, None))
 
 
-def _plain(q, k, v, retain, erase, rate, state, **options):
+def _plain(q, k, v, retain, erase, rate, state, segment_ids, **options):
     y, state = xla.linear_memory(
-        q, k, v, retain=retain, erase=erase, rate=rate, state=state, **options
-    )
+        q, k, v, retain=retain, erase=erase, rate=rate, state=state, segment_ids=segment_ids,
+        **options,
+    )  # fmt: skip
     return y.astype(q.dtype), state
 
 
 def _forward(settings, *arrays):
-    _, segment_ids, block_size, _ = settings
-    q, state = arrays[0], arrays[-1]
+    *tokens, state, segment_ids = arrays
     plan, *_ = _plan(settings, *arrays)
-    tokens, kept = _cut(segment_ids, block_size, plan.every, *arrays[:-1])
+    t = tokens[0].shape[1]
+    tokens, kept = _cut(segment_ids, settings[1], plan.every, *tokens)
     y, state, checkpoints = chunk_scan.forward(plan, (), state, tokens, kept)
-    return (_join(y, q.shape[1]), state), checkpoints
+    return (_join(y, t), state), checkpoints
 
 
 def _backward(settings, arrays, checkpoints, slopes):
-    _, segment_ids, block_size, _ = settings
+    *tokens, _, segment_ids = arrays
     plan, *_ = _plan(settings, *arrays)
-    cut = functools.partial(_cut, segment_ids, block_size, plan.every)
-    (tokens, kept), pull = jax.vjp(cut, *arrays[:-1])
+    cut = functools.partial(_cut, segment_ids, settings[1], plan.every)
+    (tokens, kept), pull = jax.vjp(cut, *tokens)
     by_y, by_state = slopes
     by_y = _blocks(by_y, tokens.q.shape[3], 0, plan.every)
     _, state, tokens = chunk_scan.backward(plan, (), checkpoints, tokens, kept, (by_y, by_state))
-    return *pull((tokens, jnp.zeros_like(kept))), state
+    no_slope = jax.tree.map(jnp.zeros_like, segment_ids)
+    return *pull((tokens, jnp.zeros_like(kept))), state, no_slope
 
 
 def _plan(settings, *arrays):
     """The plan for a call, and the shapes of what it works on, with one row."""
-    read, segment_ids, block_size, interpret = settings
-    *tokens, state = jax.eval_shape(lambda arrays: [x[:1] for x in arrays], arrays)
+    read, block_size, interpret = settings
+    *tokens, state = jax.eval_shape(lambda arrays: [x[:1] for x in arrays], arrays[:-1])
     t, heads = tokens[0].shape[1], _tpu.heads_per_device(tokens[0].shape[2])
     plan = chunk_scan.Plan(
         name="linear_memory",

@@ -24,6 +24,8 @@ TESTS = {
 
 BENCH = {
     "cpu": Shape(4, 1024, 8, 64, 64),
+    "cpu-narrow": Shape(4, 1024, 8, 32, 32),
+    "cpu-wide": Shape(4, 1024, 4, 128, 128),
     "many-heads": Shape(1, 32768, 32, 128, 128),
     "batch": Shape(8, 4096, 16, 128, 128),
     "short": Shape(4, 2048, 16, 128, 128),

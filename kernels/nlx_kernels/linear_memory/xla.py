@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from nlx_kernels import _tuned
 from nlx_kernels._checks import resets
 from nlx_kernels._solve import (
     columns_by_columns,
@@ -52,7 +53,7 @@ class Block(NamedTuple):
 def linear_memory(q, k, v, *, retain, erase, rate, state, read, segment_ids, block_size):
     """Arguments checked and filled in; the result does not depend on `block_size`."""
     b, t, h, _ = q.shape
-    c = min(block_size, t)
+    c = min(block_size or _tuned.block_size("linear_memory", q, k, v), t)
     reset = resets(segment_ids)
     kept = jnp.ones((b, t), retain.dtype) if reset is None else (~reset).astype(retain.dtype)
     tokens = Tokens(

@@ -6,9 +6,11 @@ A chunk's gradients, writes and reads are computed where the weights are, forwar
 float32. Products are float32 for float32 inputs; for bfloat16 their operands are rounded to
 bfloat16 on the way into the matrix unit. Gates and inverses are float32.
 
-The kernels take whole chunks from the start of a sequence; the XLA form goes on from their state
-with the tokens that are left. A call that goes on from a state may stand inside a chunk, each row
-elsewhere, and a segment may begin anywhere: both are for the XLA form.
+Without a state the kernels take whole chunks, and the XLA form goes on with the tokens that are
+left. With one they take all, wherever in a chunk each row stands (`_windows_tpu`), and the weights
+of the chunk's start are one more part of what stays in VMEM. Segments are for the XLA form: each
+begins chunks of its own, in any row anywhere, so that a window would have to be written in as many
+pieces as chunks end and begin inside it, at different tokens in every row.
 """
 
 import functools
@@ -20,6 +22,7 @@ import jax.numpy as jnp
 
 from nlx_kernels import _chunk, _tpu
 from nlx_kernels import _chunk_scan_tpu as chunk_scan
+from nlx_kernels import _windows_tpu as windows
 from nlx_kernels._derivative import differentiable
 from nlx_kernels.mlp_memory import xla
 from nlx_kernels.mlp_memory.state import MLPMemoryState
@@ -30,9 +33,10 @@ EVERY = 4  # chunks from one kept state to the next
 
 
 class _State(NamedTuple):
-    """The layers [.., i, o]."""
+    """The layers [.., i, o]; start None: every window begins a chunk, so that it is the weights."""
 
     weights: tuple[jax.Array, ...]
+    start: tuple[jax.Array, ...] | None
     momentum: tuple[jax.Array, ...] | None
 
 
@@ -54,7 +58,6 @@ def mlp_memory(
     activation, norm, interpret=False, **options,
 ):  # fmt: skip
     """Arguments are checked, and what `refusal` refuses does not come here."""
-    del state
     form = _Form(
         activation=_chunk.ACTIVATIONS[activation],
         normalise=_chunk.layer_norm if norm else None,
@@ -62,19 +65,25 @@ def mlp_memory(
         **options,
     )
     tokens = xla.MemoryTokens(q, k, v, rate, retain, momentum, erase)
-    t = q.shape[1]
-    whole = t - t % form.chunk_size
+    b, t = q.shape[:2]
+    whole = t - t % form.chunk_size if state is None else t
     rest = dict(options, activation=activation, norm=norm, segment_ids=segment_ids)
 
-    def plain(tokens, weights):
-        y, after = xla.mlp_memory(**tokens._asdict(), weights=weights, state=None, **rest)
-        return y.astype(tokens.q.dtype), (after.weights, after.momentum)
+    def plain(tokens, begin):
+        weights, state = begin, None
+        if isinstance(begin, MLPMemoryState):
+            weights, state = None, begin._replace(position=begin.position.astype(jnp.int32))
+        y, after = xla.mlp_memory(**tokens._asdict(), weights=weights, state=state, **rest)
+        return y.astype(tokens.q.dtype), tuple(after[:3])
 
     run = differentiable(
         functools.partial(_forward, form), functools.partial(_backward, form), plain
     )
-    y, (layers, buffer) = run(jax.tree.map(lambda x: x[:, :whole], tokens), weights)
-    after = MLPMemoryState(layers, layers, buffer, jnp.full(len(q), whole, jnp.int32))
+    position = jnp.zeros(b, jnp.int32) if state is None else state.position
+    y, (layers, start, buffer) = run(
+        jax.tree.map(lambda x: x[:, :whole], tokens), _begin(form, weights, state)
+    )
+    after = MLPMemoryState(layers, start, buffer, position + whole)
     if whole == t:
         return y, after
     left = jax.tree.map(lambda x: x[:, whole:], tokens)
@@ -87,8 +96,8 @@ def refusal(
     **_,
 ) -> str | None:  # fmt: skip
     """Why the kernels cannot take a call, as the end of a sentence; None if they can."""
-    if state is not None or segment_ids is not None:
-        return "begins at the start of a sequence, without state and segment_ids"
+    if segment_ids is not None:
+        return "is without segment_ids, which begin chunks inside chunks, in every row elsewhere"
     if q.shape[1] < chunk_size:
         return "needs a whole chunk"
     if not interpret and rate.dtype != jnp.float32:
@@ -96,72 +105,90 @@ def refusal(
     form = _Form(chunk_size, "", abs, True, None, None, None, interpret)
     tokens = xla.MemoryTokens(q, k, v, rate, retain, momentum, erase)
     tokens = jax.eval_shape(lambda tree: jax.tree.map(lambda x: x[:, :chunk_size], tree), tokens)
-    return _tpu.too_large(*_plan(form, tokens, weights))
+    return _tpu.too_large(*_plan(form, tokens, _begin(form, weights, state)))
 
 
-def _forward(form: _Form, tokens, weights):
-    plan, *_ = _plan(form, tokens, weights)
-    state, cut, marks = _cut(form, plan.every, tokens, weights)
+def _begin(form: _Form, weights, state):
+    """Weights [h, i, o], or a state; its position, a number like others, inside the chunk."""
+    if state is None:
+        return weights
+    position = (state.position % form.chunk_size).astype(state.weights[0].dtype)
+    return state._replace(position=position)
+
+
+def _forward(form: _Form, tokens, begin):
+    plan, *_ = _plan(form, tokens, begin)
+    state, cut = _cut(form, plan.every, tokens, begin)
+    marks = _marks(form, plan.every, tokens, begin)
     y, after, kept = chunk_scan.forward(plan, (), state, cut, marks)
-    b, h, n, c, v = y.shape
-    y = jnp.moveaxis(y, 1, 3).reshape(b, n * c, h, v)[:, : tokens.q.shape[1]]
-    return (y, tuple(after)), kept
+    start = after.weights if after.start is None else after.start
+    y = windows.join(y, tokens.q.shape[1], _position(begin))
+    return (y, (after.weights, start, after.momentum)), kept
 
 
 def _backward(form: _Form, arrays, kept, slopes):
     plan, *_ = _plan(form, *arrays)
-    (_, tokens, marks), pull = jax.vjp(functools.partial(_cut, form, plan.every), *arrays)
-    by_y, (weights, momentum) = slopes
-    slopes = _chunks(by_y, form.chunk_size, plan.every), _State(weights, momentum)
+    (state, tokens), pull = jax.vjp(functools.partial(_cut, form, plan.every), *arrays)
+    marks = _marks(form, plan.every, *arrays)
+    by_y, (weights, start, momentum) = slopes
+    if state.start is None:
+        weights, start = jax.tree.map(jnp.add, weights, start), None
+    by_y = windows.cut(by_y, form.chunk_size, plan.every, _position(arrays[1]))
+    slopes = by_y, _State(weights, start, momentum)
     _, state, by_tokens = chunk_scan.backward(plan, (), kept, tokens, marks, slopes)
-    return pull((state, by_tokens, jnp.zeros_like(marks)))
+    return pull((state, by_tokens))
 
 
-def _plan(form: _Form, tokens: xla.MemoryTokens, weights):
+def _plan(form: _Form, tokens: xla.MemoryTokens, begin):
     """The plan for a call, and the shapes of what it works on."""
     c, wide = form.chunk_size, tokens.q.dtype != jnp.bfloat16
-    widest = max(c, *(max(w.shape[1:]) for w in weights))
+    state, cut = jax.eval_shape(functools.partial(_cut, form, 1), tokens, begin)
+    marks = jax.eval_shape(functools.partial(_marks, form, 1), tokens, begin)
+    parts = (), state, cut, marks
+    widest = max(c, *(max(w.shape[2:]) for w in state.weights))
     plan = chunk_scan.Plan(
         name="mlp_memory",
         step=functools.partial(_step, form),
-        every=min(EVERY, 1 << (tokens.q.shape[1] // c - 1).bit_length()),
+        every=min(EVERY, 1 << (marks.shape[2] - 1).bit_length()),
         heads=1,
         precision="highest" if wide else "default",
         work=0,
         interpret=form.interpret,
+        holds=windows.holds,
     )
-    parts = (), *jax.eval_shape(functools.partial(_cut, form, 1), tokens, weights)
     array = _tpu.block_bytes((c, widest)) * (1 if tokens.erase is None else 2)
-    work = _tpu.held(HELD_FLOAT32 if wide else HELD, array, parts[1])
+    work = _tpu.held(HELD_FLOAT32 if wide else HELD, array, state)
     plan = plan._replace(work=work)
     return _tpu.fit(plan, *parts), *parts
 
 
-def _cut(form: _Form, every: int, tokens: xla.MemoryTokens, weights):
-    """First state, tokens in chunks, and which chunks are there."""
-    rows = len(tokens.q)
-    layers = tuple(jnp.broadcast_to(w, (rows, *w.shape)) for w in weights)
-    zeros = None if tokens.momentum is None else tuple(jnp.zeros_like(w) for w in layers)
+def _cut(form: _Form, every: int, tokens: xla.MemoryTokens, begin):
+    """First state, and tokens in chunks."""
+    if isinstance(begin, MLPMemoryState):
+        state = _State(begin.weights, begin.chunk_start, begin.momentum)
+    else:
+        layers = tuple(jnp.broadcast_to(w, (len(tokens.q), *w.shape)) for w in begin)
+        zeros = None if tokens.momentum is None else tuple(jnp.zeros_like(w) for w in layers)
+        state = _State(layers, None, zeros)
 
     def cut(x):
-        x = _chunks(x, form.chunk_size, every)
+        x = windows.cut(x, form.chunk_size, every, _position(begin))
         return x if x.ndim == 5 else x[..., None, :]
 
-    count = tokens.q.shape[1] // form.chunk_size
-    there = jnp.arange(-(-count // every) * every) < count
-    marks = there.astype(weights[0].dtype)[None, None, :, None, None]
-    return _State(layers, zeros), jax.tree.map(cut, tokens), marks
+    return state, jax.tree.map(cut, tokens)
 
 
-def _chunks(x, c: int, every: int):
-    """[b, t, h, ...] as [b, h, n, c, ...], filled up with zeros, n a multiple of `every`."""
-    b, t, h = x.shape[:3]
-    pad = [(0, 0), (0, -t % (c * every))] + [(0, 0)] * (x.ndim - 2)
-    return jnp.moveaxis(jnp.pad(x, pad).reshape(b, -1, c, h, *x.shape[3:]), 3, 1)
+def _marks(form: _Form, every: int, tokens: xla.MemoryTokens, begin):
+    t, c, dtype = tokens.q.shape[1], form.chunk_size, jax.tree.leaves(begin)[0].dtype
+    return windows.marks(t, c, every, (c,), _position(begin), dtype)
+
+
+def _position(begin):
+    return begin.position if isinstance(begin, MLPMemoryState) else None
 
 
 def _step(form: _Form, constants, state: _State, tokens: xla.MemoryTokens, marks) -> Any:
-    """One chunk of one head: gradients at its start, writes, reads; `marks` is 0 past the end."""
+    """One window of one head: gradients at the chunk's start, writes, reads, firing."""
     del constants
     dtype, out = state.weights[0].dtype, tokens.q.dtype
     q, k, v, *gates = jax.tree.map(lambda x: x.astype(dtype), tuple(tokens))
@@ -169,13 +196,14 @@ def _step(form: _Form, constants, state: _State, tokens: xla.MemoryTokens, marks
     momentum, erase = gates
     assert rate is not None
     assert retain is not None
-    piece = _piece(q.shape[-2])
+    piece, start = windows.piece(marks[0]), state.start or state.weights
     decay = _chunk.make_decay(retain, momentum, piece, _chunk.IN_KERNEL)
     how: dict[str, Any] = dict(
         activation=form.activation, residual=form.residual, normalise=form.normalise
     )
-    trace = _chunk.backward(state.weights, k, v, **how)
+    trace = _chunk.backward(start, k, v, **how)
     buffers = state.momentum or (None,) * len(state.weights)
+    fires = marks[:, 3:, :1] > 0
     hidden, weights, kept = q, [], []
     for layer, (weight, buffer) in enumerate(zip(state.weights, buffers, strict=True)):
         z, delta = trace.inputs[layer], trace.errors[layer]
@@ -188,21 +216,19 @@ def _step(form: _Form, constants, state: _State, tokens: xla.MemoryTokens, marks
             hidden = form.activation(hidden) if layer else hidden
             hidden = _chunk.read_write(hidden, weight, buffer, write, decay)
         weight, buffer = _chunk.end_write(weight, buffer, write, piece, decay)
-        weights.append(_chunk.bound_norm(weight, form.bound))
+        weights.append(jnp.where(fires, _chunk.bound_norm(weight, form.bound), weight))
         kept.append(buffer)
     if form.read == "chunk_start":
-        y = _chunk.mlp(state.weights, q, **how)
+        y = _chunk.mlp(start, q, **how)
     else:
         y = hidden if form.normalise is None else form.normalise(hidden)
         y = q + y if form.residual else y
-    after = _State(tuple(weights), None if state.momentum is None else tuple(kept))
-    there = marks > 0
-    after = jax.tree.map(lambda new, old: jnp.where(there, new, old), after, state)
+    if state.start is not None:
+        pairs = zip(weights, state.start, strict=True)
+        start = tuple(jnp.where(fires, weight, old) for weight, old in pairs)
+    after = _State(
+        tuple(weights),
+        None if state.start is None else start,
+        None if state.momentum is None else tuple(kept),
+    )
     return after, y.astype(out)
-
-
-def _piece(c: int) -> _chunk.Piece:
-    """A whole chunk; [1, c] and [1, c, c]."""
-    token = jax.lax.broadcasted_iota(jnp.int32, (1, c), 1)
-    row, column = (jax.lax.broadcasted_iota(jnp.int32, (1, c, c), axis) for axis in (1, 2))
-    return _chunk.Piece(token >= 0, column <= row, token == 0, token == c - 1)

@@ -6,8 +6,9 @@ A window of tokens is made, written to every box and read without leaving VMEM, 
 Weights and momentum are float32. Products are float32 for float32 inputs; for bfloat16 their
 operands are rounded to bfloat16 on the way into the matrix unit. Gates and inverses are float32.
 
-The kernels begin where a sequence begins. A call that goes on from a state may stand inside a
-chunk, each row elsewhere, and a segment may begin anywhere: both are for the XLA form.
+A call that goes on from a state may stand inside a chunk, each row elsewhere (`_windows_tpu`).
+Segments are for the XLA form: each begins chunks of its own, in any row anywhere, so that a window
+would have to be written in as many pieces as chunks end and begin inside it.
 """
 
 import functools
@@ -19,6 +20,7 @@ import jax.numpy as jnp
 
 from nlx_kernels import _chunk, _tpu
 from nlx_kernels import _chunk_scan_tpu as chunk_scan
+from nlx_kernels import _windows_tpu as windows
 from nlx_kernels._derivative import differentiable
 from nlx_kernels._solve import exact_product
 from nlx_kernels.self_modifying_memory import xla
@@ -73,29 +75,32 @@ def self_modifying_memory(
     momentum, erase, activation, clip, bound, segment_ids, interpret=False,
 ):  # fmt: skip
     """Arguments are checked, and what `refusal` refuses does not come here."""
-    del state, segment_ids
+    del segment_ids
     function = _chunk.ACTIVATIONS[activation]
     form = _Form(
         xla.ORDER[: len(parameters.memories)], (chunk_size, projection_chunk_size), read, erase,
         lambda z: _chunk.soft_unit(function(z)), clip, bound,
     )  # fmt: skip
 
-    def plain(x, q, momentum, parameters):
-        y, state = xla.self_modifying_memory(
-            x, q, parameters=parameters, state=None, chunk_size=chunk_size,
+    def plain(x, q, momentum, parameters, begin):
+        if begin is not None:
+            begin = begin._replace(position=begin.position.astype(jnp.int32))
+        y, after = xla.self_modifying_memory(
+            x, q, parameters=parameters, state=begin, chunk_size=chunk_size,
             projection_chunk_size=projection_chunk_size, read=read, momentum=momentum, erase=erase,
             activation=activation, clip=clip, bound=bound, segment_ids=None,
         )  # fmt: skip
-        return y.astype(q.dtype), state[:3]
+        return y.astype(q.dtype), after[:3]
 
     run = differentiable(
         functools.partial(_forward, form, interpret),
         functools.partial(_backward, form, interpret),
         plain,
     )
-    y, leaves = run(x, q, momentum, parameters)
     b, t = q.shape[:2]
-    return y, SelfModifyingState._make([*leaves, jnp.full(b, t, jnp.int32)])
+    y, leaves = run(x, q, momentum, parameters, _begin(form, state))
+    position = jnp.zeros(b, jnp.int32) if state is None else state.position
+    return y, SelfModifyingState._make([*leaves, position + t])
 
 
 def refusal(
@@ -104,33 +109,45 @@ def refusal(
 ) -> str | None:  # fmt: skip
     """Why the kernels cannot take a call, as the end of a sentence; None if they can."""
     t, periods = q.shape[1], (chunk_size, projection_chunk_size)
-    if state is not None or segment_ids is not None:
-        return "begins at the start of a sequence, without state and segment_ids"
-    if any(period % _window(t, periods) and period <= t for period in periods):
+    if segment_ids is not None:
+        return "is without segment_ids, which begin chunks inside chunks, in every row elsewhere"
+    if state is not None and t < min(periods):
+        return "needs as many tokens as the shorter chunk to go on from a state"
+    longest = t if state is None else max(periods)
+    if any(period % _window(t, periods) and period <= longest for period in periods):
         return "needs chunk sizes of which one divides the other"
     if not interpret and parameters.retain_bias.dtype != jnp.float32:
         return "is for float32 and bfloat16; float64 is for interpret=True, or another form"
     form = _Form(xla.ORDER[: len(parameters.memories)], periods, "", True, abs, None, None)
-    return _tpu.too_large(*_plan(form, interpret, x, q, momentum, parameters))
+    arrays = x, q, momentum, parameters, _begin(form, state)
+    return _tpu.too_large(*_plan(form, interpret, *arrays))
 
 
-def _forward(form, interpret, x, q, momentum, parameters):
-    plan, *_ = _plan(form, interpret, x, q, momentum, parameters)
-    arrays = _cut(form, plan.every, x, q, momentum, parameters)
-    y, state, kept = chunk_scan.forward(plan, *arrays, _marks(form, plan.every, q))
-    return (_join(y, q.shape[1]), _unstack(form, state)), kept
+def _begin(form: _Form, state):
+    """The state; its position, a number like others, inside the longer chunk."""
+    if state is None:
+        return None
+    dtype = jax.tree.leaves(state.weights)[0].dtype
+    return state._replace(position=(state.position % max(form.periods)).astype(dtype))
+
+
+def _forward(form, interpret, *arrays):
+    plan, *_ = _plan(form, interpret, *arrays)
+    q, begin = arrays[1], arrays[4]
+    parts = _cut(form, plan.every, *arrays)
+    y, state, kept = chunk_scan.forward(plan, *parts, _marks(form, plan.every, q, begin))
+    return (windows.join(y, q.shape[1], _position(begin)), _unstack(form, state)), kept
 
 
 def _backward(form, interpret, arrays, kept, slopes):
-    q = arrays[1]
+    q, begin = arrays[1], arrays[4]
     plan, *_ = _plan(form, interpret, *arrays)
     cut = functools.partial(_cut, form, plan.every)
     (constants, _, tokens), pull = jax.vjp(cut, *arrays)
     by_y, by_leaves = slopes
-    weights, start, momentum = (_stack(form, leaf) for leaf in by_leaves)
-    by_state = _State(weights, start, momentum)
-    by_y = _windows(by_y, tokens.q.shape[3], plan.every)
-    marks = _marks(form, plan.every, q)
+    by_state = _State._make(_stack(form, leaf) for leaf in by_leaves)
+    by_y = windows.cut(by_y, tokens.q.shape[3], plan.every, _position(begin))
+    marks = _marks(form, plan.every, q, begin)
     return pull(chunk_scan.backward(plan, constants, kept, tokens, marks, (by_y, by_state)))
 
 
@@ -140,19 +157,20 @@ def _window(t: int, periods: tuple[int, int]) -> int:
 
 def _plan(form: _Form, interpret: bool, *arrays):
     """The plan for a call, and the shapes of what it works on, with one row."""
-    q, parameters = arrays[1], arrays[3]
+    _, q, _, parameters, begin = arrays
     t, wide = q.shape[1], q.dtype != jnp.bfloat16
+    parts = jax.eval_shape(functools.partial(_cut, form, 1), *arrays)
+    parts = (*parts, jax.eval_shape(functools.partial(_marks, form, 1), q, begin))
     plan = chunk_scan.Plan(
         name="self_modifying_memory",
         step=functools.partial(_step, form),
-        every=min(EVERY, 1 << (-(-t // _window(t, form.periods)) - 1).bit_length()),
+        every=min(EVERY, 1 << (parts[3].shape[2] - 1).bit_length()),
         heads=1,
         precision="highest" if wide else "default",
         work=0,
         interpret=interpret,
+        holds=windows.holds,
     )
-    parts = jax.eval_shape(functools.partial(_cut, form, 1), *arrays)
-    parts = (*parts, jax.eval_shape(functools.partial(_marks, form, 1), q))
     widths = parameters.memories["memory"][0].shape[1:]
     window = sum(_tpu.block_bytes((_window(t, form.periods), width)) for width in widths)
     plan = plan._replace(
@@ -161,12 +179,16 @@ def _plan(form: _Form, interpret: bool, *arrays):
     return _tpu.fit(plan, *parts), *parts
 
 
-def _cut(form: _Form, every: int, x, q, momentum, parameters):
+def _cut(form: _Form, every: int, x, q, momentum, parameters, begin):
     """Read-outs, first state and tokens as the kernels take them."""
     rows, dtype = len(q), parameters.retain_bias.dtype
-    broadcast = lambda w: jnp.broadcast_to(w, (rows, *w.shape))
-    layers = tuple(broadcast(w) for w in _stacked(form, parameters.memories, 1))
-    zeros = None if momentum is None else jax.tree.map(jnp.zeros_like, layers)
+    if begin is None:
+        broadcast = lambda w: jnp.broadcast_to(w, (rows, *w.shape))
+        layers = tuple(broadcast(w) for w in _stacked(form, parameters.memories, 1))
+        zeros = None if momentum is None else jax.tree.map(jnp.zeros_like, layers)
+        state = _State(layers, layers, zeros)
+    else:
+        state = _State._make(_stack(form, leaf) for leaf in begin[:3])
     table = lambda part: jnp.stack([part[box] for box in form.boxes], 1)
     readouts = _Readouts(
         table(parameters.rate_readout),
@@ -175,21 +197,20 @@ def _cut(form: _Form, every: int, x, q, momentum, parameters):
         parameters.retain_bias[:, None, None],
     )
     c = _window(q.shape[1], form.periods)
-    cut = functools.partial(_windows, c=c, every=every)
+    cut = functools.partial(windows.cut, c=c, every=every, position=_position(begin))
     momentum = None if momentum is None else cut(momentum.astype(dtype))[..., None, :]
     tokens = _Tokens(cut(x.key), cut(x.value), cut(x.gate), cut(q), momentum)
-    return readouts, _State(layers, layers, zeros), tokens
+    return readouts, state, tokens
 
 
-def _marks(form: _Form, every: int, q):
-    """[1, 1, n, 4, c]: tokens that are there, the last one of a window, whether the chunks end."""
-    t, c = q.shape[1], _window(q.shape[1], form.periods)
-    token = jnp.arange(-(-t // (c * every)) * c * every).reshape(-1, c)
-    last = (token == t - 1) | ((token < t) & (token % c == c - 1))
-    ends = [last & ((token + 1) % period == 0) for period in form.periods]
-    ends = [jnp.broadcast_to(end.any(-1, keepdims=True), token.shape) for end in ends]
-    marks = jnp.stack([token < t, last, *ends], 1)
-    return marks.astype(jnp.promote_types(jnp.float32, q.dtype))[None, None]
+def _marks(form: _Form, every: int, q, begin):
+    t, dtype = q.shape[1], jnp.promote_types(jnp.float32, q.dtype)
+    c = _window(t, form.periods)
+    return windows.marks(t, c, every, form.periods, _position(begin), dtype)
+
+
+def _position(begin):
+    return None if begin is None else begin.position
 
 
 def _step(form: _Form, readouts: _Readouts, state: _State, tokens: _Tokens, marks):
@@ -198,7 +219,7 @@ def _step(form: _Form, readouts: _Readouts, state: _State, tokens: _Tokens, mark
     readouts, state, tokens, marks = jax.tree.map(lambda a: a[0], (readouts, state, tokens, marks))
     dtype = state.start[0].dtype
     tokens = jax.tree.map(lambda a: a.astype(dtype), tokens)
-    piece = _piece(marks)
+    piece = windows.piece(marks)
     q, k, v, retain, rate = _generate(form, readouts, state.start, tokens)
     decay = _chunk.make_decay(retain, tokens.momentum, piece, _chunk.IN_KERNEL)
     n = len(form.boxes)
@@ -224,7 +245,7 @@ def _step(form: _Form, readouts: _Readouts, state: _State, tokens: _Tokens, mark
         y = q + hidden[0]
     else:
         y = _chunk.mlp(own(state.start), q[None], form.activation)[0]
-    fires = _by_box(n, marks[2:3, :1], marks[3:4, :1])[..., None] > 0
+    fires = _by_box(n, marks[3:4, :1], marks[4:5, :1])[..., None] > 0
     weights = tuple(jnp.where(fires, _chunk.bound_norm(w, form.bound), w) for w in weights)
     pairs = zip(weights, state.start, strict=True)
     start = tuple(jnp.where(fires, w, old) for w, old in pairs)
@@ -252,29 +273,6 @@ def _by_box(n: int, of_memory, of_others):
     """[n, 1]: one value for the box "memory", another for all others."""
     box = jax.lax.broadcasted_iota(jnp.int32, (n, 1), 0)
     return jnp.where(box == xla.MEMORY, of_memory, of_others)
-
-
-def _piece(marks) -> _chunk.Piece:
-    """A window whose tokens are there up to some token; [1, c] and [1, c, c]."""
-    valid, last = marks[:1] > 0, marks[1:2] > 0
-    c = marks.shape[-1]
-    row, column = (jax.lax.broadcasted_iota(jnp.int32, (1, c, c), axis) for axis in (1, 2))
-    first = valid & (jax.lax.broadcasted_iota(jnp.int32, (1, c), 1) == 0)
-    return _chunk.Piece(valid, (column <= row) & (marks[:1, None] > 0), first, last)
-
-
-def _windows(array, c: int, every: int):
-    """[b, t, h, ...] as [b, h, n, c, ...], filled up with zeros, n a multiple of `every`."""
-    b, t, h = array.shape[:3]
-    pad = [(0, 0), (0, -t % (c * every))] + [(0, 0)] * (array.ndim - 2)
-    array = jnp.pad(array, pad).reshape(b, -1, c, h, *array.shape[3:])
-    return jnp.moveaxis(array, 3, 1)
-
-
-def _join(y, t: int):
-    """[b, h, n, c, d] as [b, t, h, d]."""
-    b, h, n, c, d = y.shape
-    return jnp.moveaxis(y, 1, 3).reshape(b, n * c, h, d)[:, :t]
 
 
 def _stacked(form: _Form, table, axis: int):
