@@ -51,6 +51,7 @@ def exact(gradients, given, read):
         (shapes.Shape(1, 130, 1, 128, 64), 0.0, "after_write", 1e-2, 2e-2),
         (shapes.Shape(1, 100, 2, 64, 128), 0.9, "chunk_start", 3e-2, 5e-2),
         (shapes.Shape(1, 64, 1, 64, 64), 1.0, "after_write", 3e-2, 5e-2),
+        (shapes.Shape(1, 3, 1, 64, 256), 0.0, "after_write", 1e-2, 2e-2),
     ],
 )
 def test_kernels_are_the_reference(shape, correlation, read, values, grads, draw, gradients, agree):
@@ -109,7 +110,7 @@ def wide(x):
         (dict(interpret=False), "is for Hopper GPUs"),
         (dict(dtype=jnp.float32), "q, k and v must be bfloat16, not float32"),
         (dict(k=32), "those of k must be 64 or 128, not 32"),
-        (dict(v=96), "those of v must be 64 or 128, not 96"),
+        (dict(v=96), "those of v must be 64 or a multiple of 128, not 96"),
         (dict(block_size=32), "block_size must be 64 or None, not 32"),
     ],
 )

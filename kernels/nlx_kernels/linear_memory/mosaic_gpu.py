@@ -27,6 +27,7 @@ from nlx_kernels.linear_memory.mosaic_reverse import reverse
 from nlx_kernels.linear_memory.mosaic_scan import scan
 from nlx_kernels.linear_memory.mosaic_slopes import slopes
 
+WIDEST = 128  # channels of one program's keys and values
 FORGOTTEN = 256.0  # powers of two that nothing survives: 2^-256 is 0 in float32
 
 
@@ -51,7 +52,11 @@ class _Gates(NamedTuple):
 def linear_memory(
     q, k, v, *, retain, erase, rate, state, read, segment_ids, block_size, interpret=False
 ):
-    """Arguments checked; `block_size` is 64 or None."""
+    """Arguments checked; `block_size` is 64 or None.
+
+    Values of more than 128 channels are cut into 128s, each with the same keys and gates: columns
+    of a state do not touch each other. Chunks are then prepared once for each part.
+    """
     del block_size
     call = _Call(read, plgpu.InterpretGPUParams() if interpret else False)
     run = differentiable(
@@ -59,7 +64,11 @@ def linear_memory(
         functools.partial(_backward, call),
         functools.partial(_guarded, xla.linear_memory, call),
     )
-    return run(q, k, v, retain, erase, rate, state, numbered(segment_ids, retain))
+    ids, parts = numbered(segment_ids, retain), -(-v.shape[-1] // WIDEST)
+    cut = zip(jnp.split(v, parts, -1), jnp.split(state, parts, -1), strict=True)
+    results = [run(q, k, v, retain, erase, rate, state, ids) for v, state in cut]
+    y, last = zip(*results, strict=True)
+    return jnp.concatenate(y, -1), jnp.concatenate(last, -1)
 
 
 def refusal(q, k, v, *, block_size, interpret, **_) -> str | None:
@@ -68,11 +77,11 @@ def refusal(q, k, v, *, block_size, interpret, **_) -> str | None:
         return "is for Hopper GPUs (sm_90a); elsewhere it must be another form, or interpret=True"
     if q.dtype != jnp.bfloat16:
         return f"multiplies bfloat16; q, k and v must be bfloat16, not {q.dtype.name}"
-    for name, size in (("k", k.shape[-1]), ("v", v.shape[-1])):
-        if size not in (64, 128):
-            return (
-                f"has tiles of 64 and 128 channels; those of {name} must be 64 or 128, not {size}"
-            )
+    tiles, size = "has tiles of 64 and 128 channels; those of", k.shape[-1]
+    if size not in (64, WIDEST):
+        return f"{tiles} k must be 64 or 128, not {size}"
+    if (size := v.shape[-1]) != 64 and size % WIDEST:
+        return f"{tiles} v must be 64 or a multiple of 128, not {size}"
     if block_size not in (None, SIDE):
         return f"computes 64 tokens together; block_size must be 64 or None, not {block_size}"
     return None
