@@ -57,6 +57,10 @@ MIXER, OF_CONFIG, OF_PRECISION = (
     "nlx/nn/test_precision.py",
 )
 WIDE = "wide = x.astype(jnp.promote_types(jnp.float32, x.dtype))"
+LANGUAGES = "experiments/nlx_experiments/formal_languages.py"
+OF_TASKS, OF_CONTEST = (f"experiments/test_sequence_{name}.py" for name in ("tasks", "contest"))
+CONTEST = "experiments/nlx_experiments/sequence_contest.py"
+RECALL = "experiments/nlx_experiments/recall_tasks.py"
 
 MUTATIONS = (
     Mutation(
@@ -950,6 +954,90 @@ MUTATIONS = (
         "    wide = jnp.promote_types(jnp.float32, dtype)\n",
         "    wide = dtype\n",
         OF_PRECISION,
+    ),
+    Mutation(
+        "the evenness of bracket words",
+        LANGUAGES,
+        "up = (height + 2) * (rest - height) / (2 * rest * (height + 1))",
+        "up = np.where(height == 0, 1, np.where(height == rest, 0, 0.5))",
+        OF_TASKS,
+    ),
+    Mutation(
+        "the order of a product of permutations",
+        LANGUAGES,
+        "after = lambda g, e: tuple(g[i] for i in e)",
+        "after = lambda g, e: tuple(e[i] for i in g)",
+        OF_TASKS,
+    ),
+    Mutation(
+        "the end of a counting word",
+        LANGUAGES,
+        "np.minimum(1 + (place + 1) // n - 1, letters)",
+        "np.minimum(1 + place // n - 1, letters)",
+        OF_TASKS,
+    ),
+    Mutation(
+        "the shuffle of the control",
+        "experiments/nlx_experiments/sequence_tasks.py",
+        "row[scored] = generator.permutation(row[scored])",
+        "pass",
+        OF_TASKS,
+    ),
+    Mutation(
+        "the split of the text that is examined",
+        "experiments/nlx_experiments/sequence_tasks.py",
+        "test=draw(test)",
+        "test=draw(train)",
+        OF_TASKS,
+    ),
+    Mutation(
+        "that a key stood before",
+        RECALL,
+        "seen, keys[:, :, None], 2)[:, :, 0] > 1",
+        "seen, keys[:, :, None], 2)[:, :, 0] > 0",
+        OF_TASKS,
+    ),
+    Mutation(
+        "the power law of gaps",
+        RECALL,
+        "likely = np.arange(1, room + 1) ** (0.1 - 1)",
+        "likely = np.ones(room)",
+        OF_TASKS,
+    ),
+    Mutation(
+        "the weights of the best validation",
+        CONTEST,
+        "kept = sequence_learner.better((state.params, value), kept)",
+        "kept = state.params, value",
+        OF_CONTEST,
+    ),
+    Mutation(
+        "rows of the last examination that were seen by no one",
+        CONTEST,
+        "exams = {b: _rows(task, plan, TESTED, b)",
+        "exams = {b: _rows(task, plan, VALIDATED, b)",
+        OF_CONTEST,
+    ),
+    Mutation(
+        "a rate of each training's own",
+        "experiments/nlx_experiments/sequence_learner.py",
+        "jax.vmap(learn, in_axes=(0, 0, 0, None))",
+        "jax.vmap(lambda s, r, k, b: learn(s, jnp.float32(1e-2), k, b), in_axes=(0, 0, 0, None))",
+        OF_CONTEST,
+    ),
+    Mutation(
+        "the decoder's blindness",
+        "experiments/nlx_experiments/sequence_learner.py",
+        "self.model.norm(x[:, -1])",
+        "self.model.norm(x[:, 0])",
+        OF_CONTEST,
+    ),
+    Mutation(
+        "attention without positions",
+        "nlx/nn/rotary.py",
+        "    if theta is None:\n        return x\n",
+        "    theta = 10_000.0 if theta is None else theta\n",
+        "nlx/nn/test_mixers.py",
     ),
 )
 

@@ -4,6 +4,7 @@
 import dataclasses
 import json
 import signal
+import types
 
 import jax
 import jax.numpy as jnp
@@ -61,6 +62,32 @@ def test_a_task_that_can_be_learned_is_learned_and_ends_early(record):
     assert record["rates"]["1e-06"]["validation"] < best["validation"]
     assert record["parameters"] == sequence_learner.count(CONFIG)
     assert abs(record["chance"]["long"] - 0.25) < 0.1
+
+
+def test_weights_are_those_of_the_best_validation_and_rows_are_fresh(monkeypatch):
+    """A stub whose weights are the steps taken, best after 10 of 30."""
+    seen = []
+
+    def score(params, batch):
+        right = {0: 0.1, 10: 0.9, 20: 0.3, 30: 0.5}
+        shares = np.asarray([right[int(w)] for w in params])
+        seen.append((np.asarray(params), batch.tokens))
+        return sequence_learner.Scores(shares, shares, -shares)
+
+    state = lambda w: types.SimpleNamespace(params=w)
+    learners = sequence_learner.Learners(
+        lambda seeds: state(jnp.zeros(len(seeds))),
+        lambda s, rates, keys, batches: (state(s.params + len(batches[0])), None),
+        score,
+        7,
+    )
+    monkeypatch.setattr(sequence_learner, "make", lambda *_, **__: learners)
+    plan = dataclasses.replace(PLAN, steps=30)
+    record = sequence_contest.measure("stub", EASY, CONFIG, plan)
+    assert [w.tolist() for w, _ in seen[-2:]] == [[10] * 4] * 2
+    assert record["rates"]["0.03"]["long"]["rows"] == [0.9, 0.9]
+    (_, checked), (_, examined) = seen[1], seen[-1]
+    assert (checked != examined[: len(checked)]).any()
 
 
 def test_nothing_is_learned_from_answers_of_other_rows():

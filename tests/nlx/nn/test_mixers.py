@@ -1,5 +1,6 @@
 """Each mixer and feed-forward alone: its equation, its state, its bad input."""
 
+import dataclasses
 import types
 
 import jax
@@ -131,6 +132,22 @@ def test_attention_keeps_only_the_running_segment(window, x64):
     close(jnp.concatenate(pieces, axis=1), whole)
     alone, _ = run(x[:1, 3:], None, None)
     close(whole[0, 3:], alone[0])
+
+
+def test_attention_without_positions_does_not_see_their_order(x64):
+    """`rotary=False`: the last token reads a set; whole == through a cache; with positions not."""
+    x, mixed = random(1, 5, 8), [2, 0, 3, 1, 4]
+    for rotary in (False, True):
+        config = dataclasses.replace(nn.preset("transformer++-tiny"), width=8, heads=2, hidden=4)
+        config = dataclasses.replace(config, rotary=rotary)
+        attention = nn.LanguageModel(config, rngs=nnx.Rngs(0)).blocks[0].mixer
+        y, _ = attention(x)
+        again, state = attention(x[:, :3], attention.init_state(1, 5))
+        rest, _ = attention(x[:, 3:], state)
+        close(jnp.concatenate([again, rest], 1), y)
+        shuffled, _ = attention(x[:, jnp.asarray(mixed)])
+        apart = np.abs(shuffled[0, -1] - y[0, -1]).max()
+        assert apart > 1e-3 if rotary else apart < 1e-12
 
 
 def test_attention_says_when_its_cache_is_full():
