@@ -5,12 +5,15 @@ import dataclasses
 import hashlib
 import pathlib
 import statistics
+import sys
+import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import matplotlib.pyplot as plt
 import numpy as np
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from nlx import nn
 from nlx_experiments import report, runs
@@ -19,8 +22,10 @@ from nlx_experiments.cells import Store
 from nlx_experiments.console import StopRequest, say
 from nlx_experiments.errors import Refused
 from nlx_experiments.sequence_contest import Plan
+from nlx_experiments.sequence_learner import Scores
 from nlx_experiments.sequence_tasks import Task
 
+SILENCE = 60.0  # seconds without a line, where there is no terminal
 PLACE = pathlib.Path(__file__).parents[1]
 
 
@@ -98,7 +103,8 @@ def _cell(
     if what in store.known:
         return
     called = ", ".join(part for part in where if part)
-    record = contest.measure(called, row.task, config, row.plan, stop)
+    with Watch(called, row.plan) as watch:
+        record = contest.measure(called, row.task, config, row.plan, stop, watch)
     store.add({"what": what, **record})
     best = record["rates"][record["rate"]]
     shares = "/".join(percent(best[b]["rows"]) for b in row.plan.bins)
@@ -106,6 +112,39 @@ def _cell(
         f"{called}: {shares} % of rows at {record['rate']}, {record['steps']} steps, "
         f"{record['seconds']:.0f} s"
     )
+
+
+class Watch:
+    """Tells of every validation: a bar on a terminal, now and then a line elsewhere."""
+
+    def __init__(self, name: str, plan: Plan):
+        """name: of the cell."""
+        self.name, self.plan, self.told = name, plan, time.monotonic()
+        self.bar = None
+        if sys.stdout.isatty():
+            self.bar = Progress(TextColumn("{task.description}"), BarColumn(), transient=True)
+
+    def __enter__(self) -> "Watch":
+        """Shows the bar."""
+        if self.bar is not None:
+            self.bar.start()
+            self.bar.add_task(self.name, total=self.plan.steps)
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        """Takes it away."""
+        if self.bar is not None:
+            self.bar.stop()
+
+    def __call__(self, step: int, scores: Mapping[str, Scores]) -> None:
+        """After a validation."""
+        best = "/".join(f"{100 * s.rows.max():.0f}" for s in scores.values())
+        text = f"{self.name}: step {step} of {self.plan.steps}, best rows {best} %"
+        if self.bar is not None:
+            self.bar.update(TaskID(0), completed=step, description=text)
+        elif time.monotonic() - self.told > SILENCE:
+            self.told = time.monotonic()
+            say(text)
 
 
 def identity(where: tuple[str, str, str], row: Row, config: nn.ModelConfig) -> str:

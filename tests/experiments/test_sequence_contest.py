@@ -192,7 +192,7 @@ def rows(record, monkeypatch):
     """Two models, the second with two variants; measuring them is a stub that counts."""
     measured = []
 
-    def measure(name, task, config, plan, stop):
+    def measure(name, task, config, plan, stop, watch):
         measured.append(name)
         if len(measured) == 2 and stop.received == "now":
             raise Stopped("stopped", 15)
