@@ -1039,6 +1039,55 @@ MUTATIONS = (
         "    theta = 10_000.0 if theta is None else theta\n",
         "nlx/nn/test_mixers.py",
     ),
+    Mutation(
+        "that a segment in the last piece ends what was spoilt",
+        SPLIT,
+        "_spoilt(bad & ~own.cut, after)",
+        "_spoilt(bad, after)",
+        OF_SPLIT,
+    ),
+    Mutation(
+        "the mark of an initial state that is not finite",
+        SPLIT,
+        "jnp.where(bad, 0, first), bad, own.cut)",
+        "jnp.where(bad, 0, first), bad & False, own.cut)",
+        OF_SPLIT,
+    ),
+    Mutation(
+        "XLA where shard_map checks what varies",
+        "kernels/nlx_kernels/_dispatch.py",
+        "why = _checked_by_shard_map(arguments)",
+        "why = None",
+        OF_SPLIT,
+    ),
+    Mutation(
+        "one decision for all parts of wide values",
+        "kernels/nlx_kernels/linear_memory/mosaic_gpu.py",
+        "jnp.stack(spoiled)",
+        "spoiled[-1]",
+        "kernels/test_linear_memory_gpu.py",
+    ),
+    Mutation(
+        "positions that float32 does not hold",
+        "kernels/nlx_kernels/mlp_memory/pallas_tpu.py",
+        "(state.position % form.chunk_size)",
+        "(state.position)",
+        OF_MLP_TPU,
+    ),
+    Mutation(
+        "the sum of the slopes of a key over the parts of its values",
+        "kernels/nlx_kernels/linear_memory/mosaic_gpu.py",
+        "total = lambda parts: sum(x.astype(jnp.float32) for x in parts)",
+        "total = lambda parts: parts[0].astype(jnp.float32)",
+        "kernels/test_linear_memory_gpu.py",
+    ),
+    Mutation(
+        "the checks of what blocks are given",
+        "nlx/nn/model.py",
+        "        self._check(x, state, segment_ids)\n",
+        "",
+        "nlx/nn/test_model.py",
+    ),
 )
 
 

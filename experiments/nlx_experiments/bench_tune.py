@@ -20,6 +20,7 @@ from nlx_kernels.linear_memory.shapes import BENCH
 
 from nlx_experiments import bench_ops, runs
 from nlx_experiments.console import say
+from nlx_experiments.errors import Refused
 
 OP = "linear_memory"
 SIZES, ROUNDS, GAIN = (16, 32, 64, 128), 9, 1.05
@@ -27,9 +28,16 @@ DTYPES = (jnp.dtype("float32"), jnp.dtype("bfloat16"))
 
 
 def tune(shapes: list[str], folder: pathlib.Path = _tuned.FOLDER) -> None:
-    """Times the shapes in both precisions and writes what is quicker than the default."""
-    file = _tuned.path(folder, jax.devices()[0].device_kind)
-    entries = json.loads(file.read_text()) if file.exists() else {}
+    """Times the shapes in both precisions and writes what is quicker than the default.
+
+    Raises Refused, before anything is timed, where the file there is is damaged.
+    """
+    kind = jax.devices()[0].device_kind
+    file = _tuned.path(folder, kind)
+    try:
+        entries: dict[str, Any] = dict(_tuned.table(folder, kind))
+    except ValueError as error:
+        raise Refused(f"{str(error).partition(';')[0]}; mend it, or take it away.") from error
     for name in shapes:
         given = bench_ops.linear(BENCH[name]).make()
         for dtype in DTYPES:
@@ -45,6 +53,7 @@ def tune(shapes: list[str], folder: pathlib.Path = _tuned.FOLDER) -> None:
             say(f"{name} {key}: {shown} ms; {size or f'the default, {_tuned.DEFAULT}'}")
     file.parent.mkdir(exist_ok=True)
     runs.write_whole(file, json.dumps(entries, indent=1, sort_keys=True) + "\n")
+    _tuned.table.cache_clear()  # what was read before is no longer true
 
 
 def medians(given: dict[str, Any]) -> dict[int, float]:

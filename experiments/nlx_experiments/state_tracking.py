@@ -10,12 +10,12 @@ takes      see README.md; stopped at any moment, the same command goes on
 expects    Hope at 100 % in all cells of the paper's table; the Transformer at 0 % of long rows of
            parity; S5 solved by Hope at lengths at which DeltaNet and the Transformer solve nothing
 
-One protocol for all (`sequence_contest.py`): all models have one layer and as many parameters within
-1 %, the same steps, rows, seeds and two learning rates. What differs is named in the grid: the
-Transformer with and without rotary positions, DeltaNet with rates up to 1 and up to 2, Titans and
-Hope by the tokens of a chunk, Hope with its gated delta writes, with these alone (no retention, no
-momentum) and with additive ones (no erase either; Table 6 has those switches). Best of the grid by
-validation rows, as in the papers; reported are fresh rows.
+One protocol for all (`sequence_contest.py`): all models have one layer and as many parameters
+within 1 %, the same steps, rows, seeds and two learning rates. What differs is named
+in the grid: the Transformer with and without rotary positions, DeltaNet with rates up to 1 and up
+to 2, Titans and Hope by the tokens of a chunk, Hope with its gated delta writes, with these alone
+(no retention, no momentum) and with additive ones (no erase either; Table 6 has those switches).
+Best of the grid by validation rows, as in the papers; reported are fresh rows.
 
 Training words are drawn without end, their lengths evenly from the shortest to 16 for the first
 steps, then to 50. Noise on the embedded symbols (0.2 of their size) makes the states attractors:

@@ -76,7 +76,8 @@ def choose(
         return plain
 
     def run(*arguments, **options):
-        why = kernel.refusal(*arguments, interpret=interpret, **options)
+        why = _checked_by_shard_map(arguments)
+        why = why or kernel.refusal(*arguments, interpret=interpret, **options)
         if why is None:
             return kernel.run(*arguments, interpret=interpret, **options)
         plain = offered[first]
@@ -85,6 +86,16 @@ def choose(
         raise ValueError(f"{op}: implementation={chosen!r} {why}.")
 
     return run
+
+
+def _checked_by_shard_map(arguments: Any) -> str | None:
+    """Why a kernel cannot stand in a `jax.shard_map` that checks what varies; None elsewhere."""
+    for leaf in jax.tree.leaves(arguments):
+        kind = jax.typeof(leaf)
+        varies = getattr(kind, "manual_axis_type", None)  # jax before 0.11 has `vma` alone
+        if getattr(varies, "varying", None) if varies is not None else getattr(kind, "vma", None):
+            return "needs jax.shard_map(..., check_vma=False) around it"
+    return None
 
 
 def platform() -> str | None:

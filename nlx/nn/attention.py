@@ -36,7 +36,7 @@ class AttentionState(NamedTuple):
 
 
 class Lookup(NamedTuple):
-    """One tick's context of a head: its query, and the keys and values it sees, all rotated.
+    """One tick's context of a head: its query, and the keys and values it sees, rotated if at all.
 
     A prefix's keys are rotated to the query's own position, so that no rotation is left.
     """
@@ -67,9 +67,9 @@ class Part(NamedTuple):
 class Attention(nnx.Module):
     """y_t = sum_s softmax_s(q_t . k_s / sqrt(d)) v_s over t - window < s <= t, then an output map.
 
-    Per head. q and k are rotated by their positions within the segment; groups of heads / kv_heads
-    query heads share one key and value head. Tokens of a prefix are seen by all: q_t . k_p is taken
-    of both unrotated, so it is the same wherever the token stands.
+    Per head. q and k are rotated by their positions within the segment, if at all; groups of
+    heads / kv_heads query heads share one key and value head. Tokens of a prefix are seen by all:
+    q_t . k_p is taken of both unrotated, so it is the same wherever the token stands.
 
     Source: Vaswani et al. (2017), Eq. 1; Su et al. (2021), RoFormer, Eq. 34; Ainslie et al. (2023);
     Behrouz et al. (2024), Titans, Eq. 27 (window and prefix).

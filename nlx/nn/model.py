@@ -16,7 +16,7 @@ from nlx.level import Level
 from nlx.nest import Nest
 from nlx.nn.attention import Attention, capacity_of, check_room
 from nlx.nn.block import Block, BlockState
-from nlx.nn.checks import check_integers, check_state
+from nlx.nn.checks import check_call, check_integers, check_state
 from nlx.nn.cms import CMS
 from nlx.nn.feedforward import MLP, SwiGLU
 from nlx.nn.linear import Embedding, Linear
@@ -79,7 +79,7 @@ class LanguageModel(nnx.Module):
         Raises:
           ValueError, TypeError: one sentence, before anything is compiled.
         """
-        self._check(tokens, state, segment_ids)
+        check_integers("tokens", tokens)
         x, after = self.mix(self.embed(tokens), state, segment_ids)
         return self.read_out(x), after
 
@@ -102,7 +102,18 @@ class LanguageModel(nnx.Module):
         """All blocks in order, from what `embed` gave to what `read_out` takes.
 
         Those of one pattern are compiled, and scanned over its repeats.
+
+        Args:
+          x: what the first block is given, or that with something added to it.
+          state, segment_ids: as of the call of the model.
+
+        Returns:
+          What the last block gave, and the state after the last token.
+
+        Raises:
+          ValueError, TypeError: one sentence, before anything is compiled.
         """
+        self._check(x, state, segment_ids)
         period = len(self.config.mixers)
         repeats = lambda blocks: [blocks[n::period] for n in range(period)]
         stack = lambda trees: jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
@@ -124,25 +135,23 @@ class LanguageModel(nnx.Module):
     def _dtype(self):
         return jnp.bfloat16 if self.config.bfloat16 else self.embedding.table.dtype
 
-    def _check(self, tokens, state, segment_ids) -> None:
-        check_integers("tokens", tokens)
-        if segment_ids is not None:
-            check_integers("segment_ids", segment_ids, tokens.shape)
+    def _check(self, x, state, segment_ids) -> None:
+        check_call(self, self.config.width, x, None, segment_ids)
         if state is None:
             return
         rows = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(state)}
-        if len(state) != len(self.blocks) or not rows <= {tokens.shape[:1]}:
+        if len(state) != len(self.blocks) or not rows <= {x.shape[:1]}:
             raise ValueError(
                 f"`state` is of {len(state)} blocks and {sorted(sum(rows, ()))} rows; it must be "
-                f"of {len(self.blocks)} blocks and {len(tokens)} rows, as tokens."
+                f"of {len(self.blocks)} blocks and {len(x)} rows, as tokens."
             )
         for n, (block, carried) in enumerate(zip(self.blocks, state, strict=True)):
             cache: Any = getattr(carried, "mixer", None)
             name, capacity = f"state[{n}].mixer", capacity_of(cache)
-            check_state(name, block.mixer, cache, len(tokens), self._dtype(), capacity)
+            check_state(name, block.mixer, cache, len(x), x.dtype, capacity)
             grows = isinstance(block.mixer, Attention) and block.mixer.window is None
             if grows and segment_ids is None:  # inside the scan over blocks nothing is known
-                check_room(cache.position, tokens.shape[1], capacity)
+                check_room(cache.position, x.shape[1], capacity)
 
 
 def _block(config: ModelConfig, mixer: MixerName, rngs: nnx.Rngs) -> Block:

@@ -103,3 +103,11 @@ def test_tune_times_every_size_and_writes_what_the_op_reads(tmp_path, monkeypatc
 def test_tune_is_for_the_op_that_has_a_block_size():
     with pytest.raises(Refused, match="`tune` is for `--ops linear_memory`"):
         bench.main(bench.Bench(ops=("mlp_memory",), tune=True))
+
+
+def test_tuning_a_damaged_file_is_refused_before_anything_is_timed(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench_tune, "medians", lambda given: pytest.fail("timed"))
+    for text in ("{", "[]"):
+        (tmp_path / "cpu.json").write_text(text)
+        with pytest.raises(Refused, match="cpu.json is damaged; mend it, or take it away"):
+            bench_tune.tune(["cpu-narrow"], tmp_path)

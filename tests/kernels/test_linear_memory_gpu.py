@@ -75,6 +75,18 @@ def test_what_is_not_finite_stays_in_its_segment(draw, agree):
     agree((y[:, 30:], state), (want[0][:, 30:], want[1]), 1e-2)  # token 20 is a reset more
 
 
+def test_what_is_not_finite_spoils_all_parts_of_wide_values(draw):
+    """256 channels are two parts; a value of the first reaches all later reads of its head."""
+    given = tokens(draw, shapes.Shape(1, 3, 1, 64, 256), 0.0)
+    given["v"] = given["v"].at[0, 1, 0, 5].set(jnp.nan)
+    y, state = interpreted(**given)
+    want = nlx_kernels.linear_memory(**given, implementation="xla")
+    assert jnp.array_equal(jnp.isnan(y), jnp.isnan(want[0]))
+    assert jnp.isnan(y[:, 1:]).all()
+    assert jnp.isfinite(y[:, 0]).all()
+    assert jnp.isnan(state).all()
+
+
 def test_gradients_of_gradients_are_those_of_the_reference(draw, agree):
     """The first derivative is the kernels', the second XLA's; of a `jit`, with segments inside.
 

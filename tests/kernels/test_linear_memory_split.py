@@ -134,6 +134,22 @@ def test_what_is_not_finite_is_as_in_the_whole(segments, draw):
     assert slope.all() == wanted.all() == segments
 
 
+@pytest.mark.parametrize("segments", [False, True])
+def test_a_state_that_is_not_finite_is_as_in_the_whole(segments, draw):
+    """Without segments it stays in its column; what a segment begins in the last piece is clean."""
+    given = tokens(draw, shapes.Shape(2, 12, 2, 4, 3))
+    if segments:
+        given["segment_ids"] = (jnp.arange(12)[None] >= 10) * jnp.ones((2, 1), jnp.int32)
+        given["k"] = given["k"].at[1, 3, 1, 2].set(jnp.inf)
+    given["state"] = given["state"].at[0, 0, 0, 1].set(jnp.nan)
+    finite = lambda run: jax.tree.map(np.isfinite, jax.device_get(jax.jit(run)(given)))
+    got = finite(functools.partial(split, pieces=4))
+    want = finite(lambda given: nlx_kernels.linear_memory(**given))
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+    assert got[1].all() == segments
+    assert got[0][0, 0, 0].any() != segments
+
+
 def test_an_axis_that_is_none_is_refused(draw):
     sentence = (
         "linear_memory_split: axis_name is 'rows'; it must be an axis over which jax.shard_map "
@@ -206,3 +222,8 @@ def test_pieces_on_tpus_hold_the_kernels():
     slopes = jax.grad(lambda given: sum(jnp.sum(x.astype(jnp.float32)) for x in run(given)))
     kernels = ahead_of_time.kernels_for_tpu(slopes, given, mesh=mesh)
     assert kernels == {"linear_memory", "linear_memory_backward"}
+    # Where `shard_map` checks what varies no kernel can be: None takes XLA, a name is refused.
+    assert not ahead_of_time.kernels_for_tpu(on_mesh(mesh, True), given, mesh=mesh)
+    named = on_mesh(mesh, True, implementation="pallas_tpu")
+    with pytest.raises(ValueError, match=r"'pallas_tpu' needs jax.shard_map\(..., check_vma=False"):
+        ahead_of_time.kernels_for_tpu(named, given, mesh=mesh)

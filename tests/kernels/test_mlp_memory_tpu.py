@@ -102,6 +102,14 @@ def test_kernels_go_on_from_any_position(
     agree(form(gradients, "pallas_tpu", shape, **options)(given), want, 1e-9)
 
 
+def test_positions_too_large_for_float32_are_exact(draw, agree):
+    shape = shapes.TESTS["ragged-63"]
+    state = running(draw, shape, position=(2**24 + 5, 2**30 + 3))
+    given = floats(jnp.float32, tokens(draw, shape) | dict(weights=None, state=state))
+    got, want = (call(given, form, shape) for form in ("pallas_tpu", "xla"))
+    agree(got, want, 5e-6)
+
+
 @pytest.mark.parametrize("cuts", [pytest.param((32, 16, 16), marks=SLOW), (17, 30, 17)])
 def test_whole_is_its_parts(cuts, draw, x64, agree):
     """Parts that are whole chunks, and others; then single tokens, which the XLA form takes."""

@@ -54,8 +54,8 @@ def linear_memory(
 ):
     """Arguments checked; `block_size` is 64 or None.
 
-    Values of more than 128 channels are cut into 128s, each with the same keys and gates: columns
-    of a state do not touch each other. Chunks are then prepared once for each part.
+    Values of more than 128 channels are scanned in parts of 128, all with the chunks that were
+    prepared once: columns of a state do not touch each other.
     """
     del block_size
     call = _Call(read, plgpu.InterpretGPUParams() if interpret else False)
@@ -64,11 +64,7 @@ def linear_memory(
         functools.partial(_backward, call),
         functools.partial(_guarded, xla.linear_memory, call),
     )
-    ids, parts = numbered(segment_ids, retain), -(-v.shape[-1] // WIDEST)
-    cut = zip(jnp.split(v, parts, -1), jnp.split(state, parts, -1), strict=True)
-    results = [run(q, k, v, retain, erase, rate, state, ids) for v, state in cut]
-    y, last = zip(*results, strict=True)
-    return jnp.concatenate(y, -1), jnp.concatenate(last, -1)
+    return run(q, k, v, retain, erase, rate, state, numbered(segment_ids, retain))
 
 
 def refusal(q, k, v, *, block_size, interpret, **_) -> str | None:
@@ -122,10 +118,15 @@ def _fast_forward(call: _Call, q, k, v, retain, erase, rate, state, segment_ids)
     """y, the state, and for each head and value 0, or NaN where a read was not finite."""
     t, options = q.shape[1], dict(interpret=call.interpret)
     q, k, v, gates = _cut(segment_ids, q, k, v, retain, erase, rate)
-    of_prepare, of_scan = _of_prepare(gates), _of_scan(call.read, gates)
-    parts = prepare(q, k, _stack(*of_prepare), read=call.read, inverse=False, **options)
-    y, last, spoiled = scan(q, k, v, *parts, _stack(*of_scan), _turn(state), reads=True, **options)
-    return y[:, :t], _turn(last).reshape(state.shape), spoiled
+    of_prepare, vectors = _of_prepare(gates), _stack(*_of_scan(call.read, gates))
+    made = prepare(q, k, _stack(*of_prepare), read=call.read, inverse=False, **options)
+    reads, states, spoiled = [], [], []
+    for values, start in zip(_parts(v), _parts(state), strict=True):
+        y, last, marks = scan(q, k, values, *made, vectors, _turn(start), reads=True, **options)
+        reads.append(y[:, :t])
+        states.append(_turn(last).reshape(start.shape))
+        spoiled.append(marks)
+    return jnp.concatenate(reads, -1), jnp.concatenate(states, -1), jnp.stack(spoiled)
 
 
 def _fast_backward(call: _Call, arrays, cotangent):
@@ -136,18 +137,28 @@ def _fast_backward(call: _Call, arrays, cotangent):
     q, k, v, gates = _cut(segment_ids, q, k, v, retain, erase, rate)
     dy = _fill(dy, 0)
     of_prepare, of_scan = _of_prepare(gates), _of_scan(call.read, gates)
-    vectors = _stack(*of_scan)
-    *parts, inverse = prepare(q, k, _stack(*of_prepare), read=call.read, inverse=True, **options)
-    u, starts, _ = scan(q, k, v, *parts, vectors, _turn(state), reads=False, **options)
-    du, ends, first = reverse(q, k, dy, *parts[1:], vectors, _turn(d_last), **options)
-    both = _stack(*of_prepare, *of_scan[:2])
-    *tokens, sums = slopes(
-        q, k, v, u, dy, du, inverse, starts, ends, both, read=call.read, **options
-    )
+    vectors, both = _stack(*of_scan), _stack(*of_prepare, *of_scan[:2])
+    *made, inverse = prepare(q, k, _stack(*of_prepare), read=call.read, inverse=True, **options)
+
+    def part(v, state, dy, d_last):
+        u, starts, _ = scan(q, k, v, *made, vectors, _turn(state), reads=False, **options)
+        du, ends, first = reverse(q, k, dy, *made[1:], vectors, _turn(d_last), **options)
+        found = slopes(q, k, v, u, dy, du, inverse, starts, ends, both, read=call.read, **options)
+        return *found, _turn(first).reshape(state.shape)
+
+    cut = zip(*map(_parts, (v, state, dy, d_last)), strict=True)
+    dq, dk, dv, sums, first = zip(*(part(*columns) for columns in cut), strict=True)
+    total = lambda parts: sum(x.astype(jnp.float32) for x in parts).astype(parts[0].dtype)
     along = lambda x: jnp.moveaxis(x.reshape(*retain.shape[::2], -1), 1, 2)
-    answer = [*tokens, *(along(x) for x in _gate_slopes(call.read, gates, sums))]
+    of_gates = (along(x) for x in _gate_slopes(call.read, gates, total(sums)))
+    answer = [total(dq), total(dk), jnp.concatenate(dv, -1), *of_gates]
     no_slope = jax.tree.map(jnp.zeros_like, segment_ids)
-    return *(x[:, :t] for x in answer), _turn(first).reshape(state.shape), no_slope
+    return *(x[:, :t] for x in answer), jnp.concatenate(first, -1), no_slope
+
+
+def _parts(x):
+    """What has a column for each value, in parts that one program takes."""
+    return jnp.split(x, -(-x.shape[-1] // WIDEST), -1)
 
 
 def _cut(segment_ids, q, k, v, retain, erase, rate):

@@ -20,7 +20,7 @@ class _Map(NamedTuple):
 
     carry: Float[Array, "b h k k"]
     made: Float[Array, "b h k v"]
-    bad: Bool[Array, "b h 1 1"]  # what is not finite reaches the end from inside
+    bad: Bool[Array, "b h 1 v"]  # what is not finite reaches the end, in which columns
     cut: Bool[Array, "b 1 1 1"]  # a segment begins inside, nothing of S reaches the end: carry is 0
 
 
@@ -52,12 +52,12 @@ def linear_memory_split(
 
     Args:
       q, k, v, retain, erase, rate, segment_ids: of this device's piece, as of `linear_memory`.
-        Pieces are equally long: fill the last one up with retain 1, erase 0 and rate 0. A segment
-        goes on over the edge of a piece where its id does.
+        Pieces are equally long: fill the last one up with retain 1, erase 0, rate 0 and the last
+        token's segment id. A segment goes on over the edge of a piece where its id does.
       axis_name: the mesh axis that splits the sequence.
       state: the memory before the first piece, the same on all devices; None starts at 0.
       read, block_size, implementation, interpret: as of `linear_memory`. Kernels need
-        `jax.shard_map(..., check_vma=False)`.
+        `jax.shard_map(..., check_vma=False)`; else None takes "xla".
 
     Returns:
       y of this piece, and the memory after the last piece, the same on all devices.
@@ -84,7 +84,9 @@ def linear_memory_split(
     line = _Line(axis_name, size, jax.lax.axis_index(axis_name))
     since = _since(line, segment_ids, k)
     own = _summary(k, v, first, since[:, -1], given)
-    before, bad = _before(own, first, line)
+    # As in the op: without segments a bad number of `state` stays in its column.
+    bad = _bad(first, whole=segment_ids is not None)
+    before, bad = _before(own, first, bad, line)
     y, after = linear_memory(q, k, v, state=jnp.where(since[:, :1, None, None], 0, before), **given)
     y = _spoilt(jnp.swapaxes(bad, 1, 2) & ~since[..., None, None], y)
     after = _spoilt(bad & ~own.cut, after)
@@ -123,18 +125,18 @@ def _summary(k, v, first, cut, given) -> _Map:
     identity, none = (_varying(x, first) for x in (identity, jnp.zeros_like(first)))
     _, carry = linear_memory(k, k, jnp.zeros_like(k), state=identity, **given)
     _, made = linear_memory(k, k, v, state=none, **given)
-    cut, bad = cut[:, None, None, None], _bad(carry) | _bad(made)
-    return _Map(jnp.where(bad | cut, 0, carry), jnp.where(bad, 0, made), bad, cut)
+    cut, bad = cut[:, None, None, None], _bad(carry)[..., :1] | _bad(made)
+    return _Map(jnp.where(bad[..., :1] | cut, 0, carry), jnp.where(bad, 0, made), bad, cut)
 
 
-def _before(own: _Map, first, line: _Line):
-    """The state before this device's piece, and where it is bad: [b, h, k, v] and [b, h, 1, 1].
+def _before(own: _Map, first, bad, line: _Line):
+    """The state before this device's piece, and where it is bad: [b, h, k, v] and [b, h, 1, v].
 
     After the round of `shift`, a device holds the map of its piece and up to 2 shift - 1 before it.
     Where those reach back to the first piece the map is done: it is a state, with carry 0, which
     the zeros that come from before the first piece leave as it is.
     """
-    start = _Map(jnp.zeros_like(own.carry), jnp.where(_bad(first), 0, first), _bad(first), own.cut)
+    start = _Map(jnp.zeros_like(own.carry), jnp.where(bad, 0, first), bad, own.cut)
     own = jax.tree.map(lambda x, y: jnp.where(line.rank == 0, x, y), _then(own, start), own)
     shift = 1
     while shift < line.size:
@@ -151,9 +153,10 @@ def _then(own: _Map, before: _Map) -> _Map:
     return _Map(through(before.carry), through(before.made) + own.made, bad, own.cut | before.cut)
 
 
-def _bad(x: Float[Array, "b h i o"]) -> Bool[Array, "b h 1 1"]:
-    """Where a head's matrix is not finite."""
-    return ~jnp.all(jnp.isfinite(x), axis=(2, 3), keepdims=True)
+def _bad(x: Float[Array, "b h i o"], whole: bool = True) -> Bool[Array, "b h 1 o"]:
+    """Where a head's matrix is not finite: all of its columns, or those that are not."""
+    bad = ~jnp.all(jnp.isfinite(x), axis=2, keepdims=True)
+    return jnp.broadcast_to(jnp.any(bad, axis=3, keepdims=True), bad.shape) if whole else bad
 
 
 def _spoilt(bad: Bool[Array, "..."], x: Float[Array, "..."]) -> Float[Array, "..."]:

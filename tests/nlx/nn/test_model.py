@@ -199,6 +199,17 @@ def test_a_full_cache_is_refused_or_shows(built):
         built.model(rest, state)
 
 
+def test_blocks_alone_are_checked_as_the_model_is():
+    model = nn.LanguageModel(nn.preset("transformer++-tiny"), rngs=nnx.Rngs(0))
+    x, state = jnp.zeros((2, 3, 128)), model.init_state(2, capacity=2)
+    with pytest.raises(ValueError, match=r"`x` has shape \(2, 3, 7\); it must be \[b, t, 128\]"):
+        model.mix(x[..., :7])
+    with pytest.raises(ValueError, match="`state` is of 1 blocks and .* it must be of 2 blocks"):
+        model.mix(x, state[:1])
+    with pytest.raises(ValueError, match="`capacity` is 2; it must be at least 3"):
+        model.mix(x, state)
+
+
 def test_labels_name_the_level_of_every_parameter(built):
     labels = nn.labels_by_level(built.model)
     clocks = nn.clocks_by_level(built.model)
