@@ -18,10 +18,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from nlx import nn
-from nlx_experiments import sequence_learner
+from nlx_experiments import sequence_learner, sequence_levels
 from nlx_experiments.console import StopRequest
 from nlx_experiments.errors import Stopped
 from nlx_experiments.sequence_learner import Scores
+from nlx_experiments.sequence_levels import InContext
 from nlx_experiments.sequence_tasks import Batch, Task, chance, padded
 
 TRAINED, VALIDATED, TESTED = 0, 1, 2  # streams of rows
@@ -32,7 +33,8 @@ class Plan:
     """How every model is trained on a task, and examined."""
 
     bins: Mapping[str, tuple[int, int]]
-    """Name -> shortest and longest rows of an examination; the last decides which weights stay."""
+    """Name -> shortest and longest rows of an examination; the last that the task does not draw
+    otherwise decides which weights stay."""
     shortest: int
     """Of the rows trained on."""
     stages: tuple[tuple[int, int], ...]
@@ -62,7 +64,7 @@ class Plan:
 def measure(
     name: str,
     task: Task,
-    config: nn.ModelConfig,
+    config: nn.ModelConfig | InContext,
     plan: Plan,
     stop: StopRequest | None = None,
     watch: Callable[[int, Mapping[str, Scores]], None] = lambda step, scores: None,
@@ -72,14 +74,16 @@ def measure(
     watch: told of every validation, (steps taken, bin -> scores of all trainings).
 
     Returns:
-      "rates": rate -> bin -> {"rows", "tokens"}: shares right on the test rows, by seed, and
+      "rates": rate -> bin -> {"rows", "tokens"}: shares right on the test rows, by seed, where the
+      task has a curve also "curve", the share right at each scored place, mean of the seeds; and
       "validation", the mean over seeds and bins that rates are compared by; "rate": the best one;
       "steps" taken; "seconds"; "parameters"; "chance": bin -> share of the most frequent answer.
 
     Raises Stopped where a signal came: a cell is whole or not there.
     """
     begun = time.monotonic()
-    learners = sequence_learner.make(
+    make = sequence_levels.make if isinstance(config, InContext) else sequence_learner.make
+    learners: sequence_learner.Learners = make(
         config,
         steps=plan.steps,
         noise=plan.noise,
@@ -90,7 +94,7 @@ def measure(
     rates = jnp.asarray([rate for rate, _ in pairs], jnp.float32)
     seeds = jnp.asarray([seed for _, seed in pairs], jnp.uint32)
     state, keys = learners.init(seeds), jax.vmap(jax.random.key)(seeds)
-    checks = {b: _rows(task, plan, VALIDATED, b) for b in plan.bins}
+    checks = {b: rows(task, plan, VALIDATED, b) for b in plan.bins if b not in task.examined}
     stream = np.random.default_rng((TRAINED, _number(task.name)))
     kept = jax.tree.map(jnp.copy, state.params), np.full(len(pairs), -1.0)
     step, solved = 0, False
@@ -103,10 +107,12 @@ def measure(
         batches = sequence_learner.stacked([draw() for _ in range(count)])
         state, _ = learners.learn(state, rates, keys, batches)
         step += count
-        scores = {b: learners.score(state.params, rows) for b, rows in checks.items()}
+        scores = {b: learners.score(state.params, batch) for b, batch in checks.items()}
         watch(step, scores)
         found = list(scores.values())
-        value = sum(s.rows + 1e-3 * s.tokens for s in found) / len(found) + found[-1].rows
+        graded = [getattr(s, task.graded) for s in found]
+        value = sum(graded) / len(found) + graded[-1]
+        value += 1e-3 * sum(s.tokens for s in found) / len(found)
         kept = sequence_learner.better((state.params, value), kept)
         solved = bool(_by_rate(kept[1] >= 2 + 1e-3 - 1e-6, plan).all(1).any())
         if stop is not None and stop.received is not None:
@@ -115,14 +121,18 @@ def measure(
                 "kept, the same command goes on from there.",
                 stop.received,
             )
-    exams = {b: _rows(task, plan, TESTED, b) for b in plan.bins}
-    results = {b: learners.score(kept[0], rows) for b, rows in exams.items()}
+    exams = {b: rows(task, plan, TESTED, b) for b in plan.bins}
+    results = {b: learners.score(kept[0], batch) for b, batch in exams.items()}
     validation = _by_rate(kept[1], plan).mean(1)
     by_rate = {
         f"{rate:g}": {
             "validation": float(validation[n]),
             **{
-                b: {"rows": _listed(s.rows, plan)[n], "tokens": _listed(s.tokens, plan)[n]}
+                b: {
+                    "rows": _listed(s.rows, plan)[n],
+                    "tokens": _listed(s.tokens, plan)[n],
+                    **({"curve": _curve(s.places, exams[b], plan)[n]} if task.curve else {}),
+                }
                 for b, s in results.items()
             },
         }
@@ -134,7 +144,7 @@ def measure(
         "steps": step,
         "seconds": round(time.monotonic() - begun, 1),
         "parameters": learners.parameters,
-        "chance": {b: round(chance(rows), 4) for b, rows in exams.items()},
+        "chance": {b: round(chance(batch), 4) for b, batch in exams.items()},
     }
 
 
@@ -147,11 +157,15 @@ def equal(config: nn.ModelConfig, parameters: int) -> nn.ModelConfig:
     return dataclasses.replace(config, hidden=max(1, hidden))
 
 
-def _rows(task: Task, plan: Plan, stream: int, name: str) -> Batch:
-    """The rows of an examination, the same for every model."""
+def rows(task: Task, plan: Plan, stream: int, name: str) -> Batch:
+    """The rows of an examination, the same for every model.
+
+    stream: VALIDATED or TESTED. name: of the bin.
+    """
     generator = np.random.default_rng((stream, _number(task.name), _number(name)))
     count = plan.validated if stream == VALIDATED else plan.tested
-    return _filled(task.draw(generator, count, *plan.bins[name]), plan)
+    draw = task.examined.get(name, task.draw)
+    return _filled(draw(generator, count, *plan.bins[name]), plan)
 
 
 def _filled(batch: Batch, plan: Plan) -> Batch:
@@ -165,6 +179,12 @@ def _number(text: str) -> int:
 
 def _by_rate(values: np.ndarray, plan: Plan) -> np.ndarray:
     return np.asarray(values).reshape(len(plan.rates), plan.seeds)
+
+
+def _curve(places: np.ndarray, batch: Batch, plan: Plan) -> list[list[float]]:
+    """Of each rate the mean over seeds at the places that are scored."""
+    seen = places[:, batch.scored[0] > 0].reshape(len(plan.rates), plan.seeds, -1)
+    return [[round(float(v), 4) for v in rate] for rate in seen.mean(1)]
 
 
 def _listed(values: np.ndarray, plan: Plan) -> list[list[float]]:

@@ -2,15 +2,18 @@
 """Models x sequence tasks: runs what is not known yet, and makes table, picture and numbers."""
 
 import dataclasses
+import functools
 import hashlib
 import pathlib
 import statistics
+import types
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import matplotlib.pyplot as plt
 import numpy as np
+from jaxtyping import Float
 
 from nlx import nn
 from nlx_experiments import report, runs
@@ -19,17 +22,26 @@ from nlx_experiments.cells import Store
 from nlx_experiments.console import StopRequest, say
 from nlx_experiments.errors import Refused
 from nlx_experiments.sequence_contest import Plan
-from nlx_experiments.sequence_tasks import Task
+from nlx_experiments.sequence_levels import InContext
+from nlx_experiments.sequence_tasks import Batch, Task
 
 PLACE = pathlib.Path(__file__).parents[1]
 
 
+Line = Callable[[Batch], Float[np.ndarray, " n"]]
+
+
 class Row(NamedTuple):
-    """One task, how it is trained, and who competes: model -> variant -> configuration."""
+    """One task, how it is trained, and who competes: model -> variant -> configuration.
+
+    lines: rivals that need no training: name -> bin -> function of the test rows, the share right,
+    one number or one for each scored place.
+    """
 
     task: Task
     plan: Plan
-    models: Mapping[str, Mapping[str, nn.ModelConfig]]
+    models: Mapping[str, Mapping[str, nn.ModelConfig | InContext]]
+    lines: Mapping[str, Mapping[str, Line]] = types.MappingProxyType({})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -91,7 +103,11 @@ def run(
 
 
 def _cell(
-    store: Store, where: tuple[str, str, str], row: Row, config: nn.ModelConfig, stop: StopRequest
+    store: Store,
+    where: tuple[str, str, str],
+    row: Row,
+    config: nn.ModelConfig | InContext,
+    stop: StopRequest,
 ) -> None:
     """Runs a cell that is not known."""
     what = identity(where, row, config)
@@ -108,7 +124,7 @@ def _cell(
     )
 
 
-def identity(where: tuple[str, str, str], row: Row, config: nn.ModelConfig) -> str:
+def identity(where: tuple[str, str, str], row: Row, config: nn.ModelConfig | InContext) -> str:
     """What decides a cell, besides the code."""
     fields = f"{dataclasses.asdict(config)} {dataclasses.asdict(row.plan)}"
     digest = hashlib.sha256(fields.encode()).hexdigest()[:12]
@@ -116,7 +132,10 @@ def identity(where: tuple[str, str, str], row: Row, config: nn.ModelConfig) -> s
 
 
 def gather(store: Store, rows: Mapping[str, Row]) -> dict[str, Any]:
-    """All finished cells: task -> {"bins", "chance", "models": model -> variant -> record}."""
+    """All finished cells: task -> {"plan", "chance", "models": model -> variant -> record}.
+
+    Where a task has lines also "lines": name -> bin -> shares right.
+    """
     results: dict[str, Any] = {}
     for task_name, row in rows.items():
         models: dict[str, Any] = {}
@@ -132,7 +151,19 @@ def gather(store: Store, rows: Mapping[str, Row]) -> dict[str, Any]:
             some = next(iter(next(iter(models.values())).values()))
             plan = dataclasses.asdict(row.plan)
             results[task_name] = {"plan": plan, "chance": some["chance"], "models": models}
+        if models and row.lines:
+            results[task_name]["lines"] = lines(row)
     return results
+
+
+def lines(row: Row) -> dict[str, dict[str, list[float]]]:
+    """What rivals without training get right, on the rows that models are examined on."""
+    exam = functools.partial(contest.rows, row.task, row.plan, contest.TESTED)
+    listed = lambda shares: [round(float(share), 4) for share in np.atleast_1d(shares)]
+    return {
+        name: {b: listed(line(exam(b))) for b, line in by_bin.items()}
+        for name, by_bin in row.lines.items()
+    }
 
 
 def write(

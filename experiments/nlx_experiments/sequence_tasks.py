@@ -2,7 +2,8 @@
 """Sequence tasks: symbols in, an answer at some positions, drawn without end from a generator."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -30,6 +31,9 @@ class Task:
       classes: answers are integers in [0, classes).
       draw: (generator, rows, shortest, longest) -> batch, lengths in [shortest, longest].
       compressed: whether a decoder answers everywhere from what the model made of the last symbol.
+      graded: what weights and rates are chosen by: the share right of "rows" or of "tokens".
+      curve: whether records keep the share right at each scored place, the same in every row.
+      examined: bins that are drawn otherwise; never are weights or rates chosen by them.
     """
 
     name: str
@@ -37,6 +41,9 @@ class Task:
     classes: int
     draw: Draw
     compressed: bool = False
+    graded: Literal["rows", "tokens"] = "rows"
+    curve: bool = False
+    examined: Mapping[str, Draw] = dataclasses.field(default_factory=dict)
 
     @property
     def vocabulary(self) -> int:
@@ -45,20 +52,24 @@ class Task:
 
 
 def shuffled(task: Task) -> Task:
-    """The control: every row's answers change places among its scored positions.
+    """The control: a batch's answers change places among its scored positions, from row to row.
 
     What is left to learn is how often each answer comes, so nothing beats the share of the most
-    frequent one.
+    frequent one. (Within rows they would tell more: a row with one question would keep its answer.)
     """
 
-    def draw(generator: np.random.Generator, rows: int, shortest: int, longest: int) -> Batch:
-        batch = task.draw(generator, rows, shortest, longest)
-        answers = batch.answers.copy()
-        for row, scored in zip(answers, batch.scored > 0, strict=True):
-            row[scored] = generator.permutation(row[scored])
-        return dataclasses.replace(batch, answers=answers)
+    def control(of: Draw) -> Draw:
+        def draw(generator: np.random.Generator, rows: int, shortest: int, longest: int) -> Batch:
+            batch = of(generator, rows, shortest, longest)
+            answers, scored = batch.answers.copy(), batch.scored > 0
+            answers[scored] = generator.permutation(answers[scored])
+            return dataclasses.replace(batch, answers=answers)
 
-    return dataclasses.replace(task, name=f"{task.name}, shuffled", draw=draw)
+        return draw
+
+    examined = {name: control(of) for name, of in task.examined.items()}
+    name = f"{task.name}, shuffled"
+    return dataclasses.replace(task, name=name, draw=control(task.draw), examined=examined)
 
 
 def chance(batch: Batch) -> float:

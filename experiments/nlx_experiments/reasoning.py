@@ -1,0 +1,295 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`nlx run reasoning`: questions that need several facts, functions told by examples, levels.
+
+command    nlx run reasoning [--only TASK ...] [--models MODEL ...]
+           nlx run reasoning-tiny: next to nothing of it, in seconds
+shows      the share of answers that are right: of questions on two and three facts
+           (`facts_tasks.py`), in stories as long as those trained on and longer; of functions in
+           context (`function_tasks.py`), new ones of the classes trained on and of classes held
+           out, after more and more examples; and whether further levels that learn in the context
+           help there
+takes      see README.md; stopped at any moment, the same command goes on
+expects    see README.md
+
+All models of a task have as many parameters as Hope within 1 %, and two layers for questions. For
+functions one will do, but for the Transformer, which can't otherwise tell whose value a value is.
+Hope's four entries are one architecture: a self-modifying mixer, and three blocks of a continuum
+memory system. With 1
+level the mixers' memories alone learn in the context; with 2, 3 and 4 so do one, two and three of
+the blocks, every 1, 2 and 4 chunks of 8 symbols, by gradient descent on the loss of the next
+symbol, at the rates in the grid. Training differentiates through all their writes. Weights, rates
+and variants are chosen on validation rows of the lengths and classes trained on; held-out ones are
+only ever examined.
+"""
+
+import dataclasses
+import pathlib
+import statistics
+from collections.abc import Mapping
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+from jaxtyping import Float
+
+from nlx import nn
+from nlx_experiments import facts_tasks, function_tasks, report
+from nlx_experiments import sequence_experiment as experiment
+from nlx_experiments.sequence_contest import Plan, equal
+from nlx_experiments.sequence_experiment import Line, Options, Row
+from nlx_experiments.sequence_levels import InContext
+from nlx_experiments.sequence_tasks import Batch
+
+CHUNK, PERIODS, RATES = 8, (1, 2, 4), (0.1, 1.0)
+TRAINED, HELD_OUT, BITS = ("linear", "conjunction", "decision list"), ("network", "xor"), 5
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Reasoning(Options):
+    """Questions on several facts, functions in context, levels 1 to 4."""
+
+    runs: pathlib.Path = pathlib.Path("runs/reasoning")
+    steps: int = 1000
+    """Of every training, at most."""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for no steps."""
+        if self.steps < 1:
+            raise ValueError(f"`steps` is {self.steps}; it must be an integer >= 1.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tiny(Reasoning):
+    """Two tasks with few models, a few steps: does everything work?"""
+
+    runs: pathlib.Path = pathlib.Path("runs/reasoning-tiny")
+    place: pathlib.Path = pathlib.Path("runs/reasoning-tiny")
+
+
+def main(options: Reasoning) -> dict[str, Any]:
+    """Runs what is not known yet; writes tables, pictures and numbers."""
+    rows = tiny() if isinstance(options, Tiny) else full(options.steps)
+    results = experiment.run(options, "reasoning", rows, shown, measure="tokens")
+    curves = {name: task for name, task in results.items() if _curved(task)}
+    if curves:
+        plot(options.place / "results" / "reasoning-curves.png", curves)
+    return results
+
+
+def contestants(base: Mapping[str, Any], parameters: int) -> dict[str, dict[str, nn.ModelConfig]]:
+    """Models that learn in the context by their mixers alone, all of one number of parameters.
+
+    base: vocabulary, width, heads, layers, and hidden units of memories.
+    """
+
+    def config(mixer: Any, **fields: Any) -> nn.ModelConfig:
+        kind = "cms" if mixer == "self_modifying" else "swiglu"
+        sizes = dict(chunk_size=CHUNK, projection_chunk_size=CHUNK, cms_periods=(1, 1, 1))
+        made = {**sizes, **base, **fields}
+        return equal(nn.ModelConfig(mixer=mixer, feed_forward=kind, hidden=1, **made), parameters)
+
+    return {
+        "hope, 1 level": {"": config("self_modifying")},
+        "titans": {"": config("titans_lmm")},
+        "deltanet": {"": config("deltanet")},
+        "gated deltanet": {"": config("gated_deltanet")},
+        "ttt": {"": config("ttt_linear")},
+        "transformer": {"": config("attention", layers=2)},
+    }
+
+
+def levels(config: nn.ModelConfig) -> dict[str, dict[str, InContext]]:
+    """Hope whose first, first two, and all three blocks learn in the context too."""
+    return {
+        f"hope, {1 + learning} levels": {
+            f"in context {rate:g}": InContext(
+                config,
+                tuple(p if n < learning else None for n, p in enumerate(PERIODS)),
+                rate,
+                CHUNK,
+            )
+            for rate in RATES
+        }
+        for learning in (1, 2, 3)
+    }
+
+
+def full(steps: int) -> dict[str, Row]:
+    """Two and three facts; functions in rows of 24 examples."""
+    plan = Plan(
+        bins={"4 to 16": (12, 48), "17 to 32": (51, 96)},
+        shortest=12,
+        stages=((0, 48),),
+        steps=steps,
+        rates=(3e-3, 1e-2),
+        rows=16,
+        decay=True,
+        round_to=48,
+    )
+    base = dict(width=32, heads=2, memory_hidden=16)
+    rows = {f"{n} facts": facts(n, plan, {**base, "layers": 2}, 33_000) for n in (2, 3)}
+    bins = {name: (48, 48) for name in ("fresh", *TRAINED, *HELD_OUT)}
+    plan = dataclasses.replace(plan, bins=bins, shortest=48)
+    return rows | {"functions": functions(plan, {**base, "layers": 1}, 17_500, BITS)}
+
+
+def facts(supporting: int, plan: Plan, base: Mapping[str, Any], parameters: int) -> Row:
+    """Questions on so many facts; the last bin of the plan is longer than what is trained on."""
+    task = facts_tasks.facts(supporting)
+    longer = list(plan.bins)[-1]
+    task = dataclasses.replace(task, examined={longer: task.draw})
+    models = contestants({**base, "vocabulary": task.vocabulary}, parameters)
+    even = lambda batch: np.full(1, 1 / task.classes)
+    lines = {
+        "any place": even,
+        "where somebody went last": lambda batch: told_last(batch, task.classes),
+    }
+    return Row(task, plan, models, {n: {b: f for b in plan.bins} for n, f in lines.items()})
+
+
+def functions(plan: Plan, base: Mapping[str, Any], parameters: int, bits: int) -> Row:
+    """Functions in context, all models and levels, rivals that need no training."""
+    task = function_tasks.functions(TRAINED, bits, HELD_OUT)
+    models = contestants({**base, "vocabulary": task.vocabulary}, parameters)
+    further = levels(models["hope, 1 level"][""])
+    models = {"hope, 1 level": models["hope, 1 level"], **further, **models}
+
+    def bayes(*names: str) -> Line:
+        return lambda batch: function_tasks.bayes(batch, names, bits)
+
+    bins = plan.bins
+    lines: dict[str, dict[str, Line]] = {
+        "majority so far": dict.fromkeys(bins, function_tasks.majority),
+        "nearest examples": {b: lambda batch: function_tasks.nearest(batch, bits) for b in bins},
+        "Bayes, classes trained on": dict.fromkeys(bins, bayes(*TRAINED)),
+        "Bayes, the class itself": {b: bayes(b) for b in bins if b in function_tasks.CLASSES},
+    }
+    return Row(task, plan, models, lines)
+
+
+def told_last(batch: Batch, places: int) -> Float[np.ndarray, " 1"]:
+    """Share right of the guess that the answer is where somebody went last."""
+    place = np.arange(batch.tokens.shape[1])
+    where = np.where((batch.tokens < places) & (place % 3 == 2), place, 0)
+    last = np.take_along_axis(batch.tokens, np.maximum.accumulate(where, 1), 1)
+    scored = batch.scored > 0
+    return np.mean(last[scored] == batch.answers[scored], keepdims=True)
+
+
+def tiny() -> dict[str, Row]:
+    """Rows of 18 and 16 symbols; DeltaNet in Hope's stead, quick to compile."""
+    plan = Plan(
+        bins={"4": (12, 12), "5 to 6": (15, 18)}, shortest=12, stages=((0, 12),), steps=2, every=1,
+        seeds=1, rows=4, rates=(1e-2,), validated=8, tested=8, round_to=18,
+    )  # fmt: skip
+    base = dict(width=8, heads=2, layers=1, memory_hidden=4)
+    two = facts(2, plan, base, 2_000)
+    bins = {name: (16, 16) for name in ("fresh", "linear", "xor")}
+    plan = dataclasses.replace(plan, bins=bins, shortest=16, stages=((0, 16),), round_to=16)
+    told = functions(plan, base, 2_000, 4)
+    alone = contestants({**base, "vocabulary": 18}, 2_000)["hope, 1 level"][""]
+    alone = dataclasses.replace(alone, mixer="deltanet")
+    three = levels(alone)["hope, 3 levels"]
+    some = {"deltanet, 1 level": {"": alone}, "deltanet, 3 levels": dict([*three.items()][:1])}
+    return {
+        "2 facts": two._replace(models={"transformer": two.models["transformer"]}),
+        "functions": told._replace(models=some),
+    }
+
+
+def shown(results: Mapping[str, Any]) -> str:
+    """Means over seeds, lines that need no training, what a level brings, and the grid."""
+    told = {name: task for name, task in results.items() if not _curved(task)}
+    parts = ["Answers that are right, in percent, mean of the seeds (lowest to highest)."]
+    for name, task in told.items():
+        bins = ", ".join(task["plan"]["bins"])
+        parts += [
+            f"Questions on {name}, stories of {bins} sentences (trained on the first):",
+            _by_bin(task).markdown(),
+        ]
+    for task in (task for task in results.values() if _curved(task)):
+        seen = [b for b in task["plan"]["bins"] if b in HELD_OUT]
+        parts += [
+            "Functions in context, of all classes trained on (`fresh`) and of each class; held out "
+            f"from training: {', '.join(seen)}. Mean over all examples of a row:",
+            _by_bin(task).markdown(),
+            *verdicts(task),
+            "After so many examples:",
+            "![share right against examples seen](results/reasoning-curves.png)",
+        ]
+    return "\n\n".join([*parts, "The whole grid:", experiment.grid(results, "tokens").markdown()])
+
+
+def verdicts(task: Mapping[str, Any]) -> list[str]:
+    """What each further level brings, seed against seed of the level before it."""
+    hopes = [m for m in task["models"] if "level" in m]
+    bins = list(task["plan"]["bins"])
+    found = {m: experiment.best(task["models"][m])[1] for m in hopes}
+    lines = []
+    for before, after in zip(hopes, hopes[1:], strict=False):
+        gains = [
+            f"{b} {statistics.fmean(d):+.1f} ({min(d):+.1f} to {max(d):+.1f})"
+            for b in bins
+            if (d := _differences(found[after][b]["tokens"], found[before][b]["tokens"]))
+        ]
+        lines.append((after, before, *gains))
+    say = lambda after, before, *gains: f"* {after} against {before}: {'; '.join(gains)}."
+    if not lines:
+        return []
+    told = "Points that a further level brings, mean of the seeds (lowest to highest):"
+    return [told, "\n".join(say(*line) for line in lines)]
+
+
+def _differences(after: list[float], before: list[float]) -> list[float]:
+    """In points, by seed."""
+    return [100 * (a - b) for a, b in zip(after, before, strict=True)]
+
+
+def _curved(task: Mapping[str, Any]) -> bool:
+    return any("curve" in found for found in _some(task).values() if isinstance(found, Mapping))
+
+
+def _some(task: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What one model has shown."""
+    return experiment.best(next(iter(task["models"].values())))[1]
+
+
+def _by_bin(task: Mapping[str, Any]) -> report.Table:
+    """Models and lines down, bins across."""
+    bins = list(task["plan"]["bins"])
+    rows: list[tuple] = [
+        (m, *(experiment.interval(experiment.best(v)[1][b]["tokens"]) for b in bins))
+        for m, v in task["models"].items()
+    ]
+    for name, line in task.get("lines", {}).items():
+        shares = [f"{100 * statistics.fmean(line[b]):.1f}" if b in line else "" for b in bins]
+        rows.append((f"*{name}*", *shares))
+    chance = [f"{100 * task['chance'][b]:.1f}" for b in bins]
+    return report.Table("", ["model", *bins], [*rows, ("*most frequent answer*", *chance)])
+
+
+def plot(path: pathlib.Path, results: Mapping[str, Any]) -> None:
+    """Share right against examples seen, a panel for each class."""
+    panels = [(task, b) for task in results.values() for b in task["plan"]["bins"]]
+    columns = min(3, len(panels))
+    lines = -(-len(panels) // columns)
+    size = (4.2 * columns, 3.2 * lines + 0.8)
+    figure, grid = plt.subplots(lines, columns, figsize=size, layout="constrained", squeeze=False)
+    for axes in grid.flat[len(panels) :]:
+        axes.set_visible(False)
+    for axes, (task, b) in zip(grid.flat, panels, strict=False):
+        for n, (model, variants) in enumerate(task["models"].items()):
+            curve = experiment.best(variants)[1][b]["curve"]
+            solid = "-" if model.startswith("hope") else "--"
+            colour = report.COLOURS[n % len(report.COLOURS)]
+            axes.plot(curve, solid, color=colour, linewidth=1.4, label=model)
+        for name, style in zip(task.get("lines", {}), ("-.", "-", "--", ":"), strict=False):
+            if b in task["lines"][name]:
+                curve = task["lines"][name][b]
+                axes.plot(curve, style, color="#888888", linewidth=1, label=name)
+        axes.axhline(task["chance"][b], color="#222222", linestyle=":", linewidth=1)
+        held = ", held out" if b in HELD_OUT else ""
+        axes.set(title=b + held, xlabel="examples seen", ylabel="share right", ylim=(0.4, 1.0))
+    handles, labels = grid.flat[-1 if len(panels) == grid.size else 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
+    report.save(figure, path)
