@@ -51,6 +51,8 @@ MIXER, OF_CONFIG, OF_PRECISION = (
     "nlx/nn/test_configuration.py",
     "nlx/nn/test_precision.py",
 )
+EXPERIMENTS = "experiments/nlx_experiments"
+OF_LEVELS, OF_REASONING = (f"experiments/test_reasoning{part}.py" for part in ("", "_tasks"))
 WIDE = "wide = x.astype(jnp.promote_types(jnp.float32, x.dtype))"
 
 MUTATIONS = (
@@ -783,6 +785,62 @@ MUTATIONS = (
         "    wide = jnp.promote_types(jnp.float32, dtype)\n",
         "    wide = dtype\n",
         OF_PRECISION,
+    ),
+    Mutation(
+        "that held-out bins choose no weights",
+        f"{EXPERIMENTS}/sequence_contest.py",
+        "for b in plan.bins if b not in task.examined}",
+        "for b in plan.bins}",
+        OF_LEVELS,
+    ),
+    Mutation(
+        "the gradients through a row's writes in the levels experiment",
+        f"{EXPERIMENTS}/sequence_levels.py",
+        "chunk_size=size, window=window)",
+        "chunk_size=size, window=1)",
+        OF_LEVELS,
+    ),
+    Mutation(
+        "the clocks of blocks that learn in the context of a task",
+        f"{EXPERIMENTS}/sequence_levels.py",
+        "[Clock(period) for period in config.periods]",
+        "[Clock(1) for period in config.periods]",
+        OF_LEVELS,
+    ),
+    Mutation(
+        "the moving of answers in the control",
+        f"{EXPERIMENTS}/sequence_tasks.py",
+        "generator.permutation(answers[scored])",
+        "answers[scored]",
+        OF_REASONING,
+    ),
+    Mutation(
+        "that training leaves functions out",
+        f"{EXPERIMENTS}/function_tasks.py",
+        "drawing(names, False)",
+        "drawing(names, None)",
+        OF_REASONING,
+    ),
+    Mutation(
+        "the drawing anew of nearly constant functions",
+        f"{EXPERIMENTS}/function_tasks.py",
+        "(ones < LEAST) | (ones > 1 - LEAST)",
+        "ones < 0",
+        OF_REASONING,
+    ),
+    Mutation(
+        "from where a thing came",
+        f"{EXPERIMENTS}/facts_tasks.py",
+        "self.came[carried, thing, to] = self.lies[carried, thing]",
+        "self.came[carried, thing, to] = to",
+        OF_REASONING,
+    ),
+    Mutation(
+        "that a thing is taken where it lies",
+        f"{EXPERIMENTS}/facts_tasks.py",
+        "takes = here & ",
+        "takes = ",
+        OF_REASONING,
     ),
 )
 

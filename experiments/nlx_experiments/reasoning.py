@@ -13,19 +13,19 @@ expects    see README.md
 
 All models of a task have as many parameters as Hope within 1 %, and two layers for questions. For
 functions one will do, but for the Transformer, which can't otherwise tell whose value a value is.
-Hope's four entries are one architecture: a self-modifying mixer, and three blocks of a continuum
-memory system. With 1
-level the mixers' memories alone learn in the context; with 2, 3 and 4 so do one, two and three of
-the blocks, every 1, 2 and 4 chunks of 8 symbols, by gradient descent on the loss of the next
-symbol, at the rates in the grid. Training differentiates through all their writes. Weights, rates
-and variants are chosen on validation rows of the lengths and classes trained on; held-out ones are
-only ever examined.
+What has 1, 2, 3 and 4 levels is one architecture: a mixer, Hope's or DeltaNet's, and three blocks
+of a continuum memory system. With 1 level the mixer's memories alone learn in the context; with 2,
+3 and 4 so do one, two and three of the blocks, every 1, 2 and 4 chunks of 4 symbols, by gradient
+descent on the loss of the next symbol, at the rates in the grid. Training differentiates through
+all their writes. Weights, rates and variants are chosen on validation rows of the lengths and
+classes trained on; held-out ones are only ever examined.
 """
 
 import dataclasses
+import itertools
 import pathlib
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -40,8 +40,8 @@ from nlx_experiments.sequence_experiment import Line, Options, Row
 from nlx_experiments.sequence_levels import InContext
 from nlx_experiments.sequence_tasks import Batch
 
-CHUNK, PERIODS, RATES = 8, (1, 2, 4), (0.1, 1.0)
-TRAINED, HELD_OUT, BITS = ("linear", "conjunction", "decision list"), ("network", "xor"), 5
+PERIODS = (1, 2, 4)
+TRAINED, HELD_OUT, BITS = ("linear", "conjunction", "decision list"), ("network", "xor"), 4
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,6 +51,8 @@ class Reasoning(Options):
     runs: pathlib.Path = pathlib.Path("runs/reasoning")
     steps: int = 1000
     """Of every training, at most."""
+    inner_rates: tuple[float, ...] = (0.1, 1.0)
+    """Learning rates in the context, of the levels that learn there."""
 
     def __post_init__(self) -> None:
         """Raises ValueError for no steps."""
@@ -68,7 +70,7 @@ class Tiny(Reasoning):
 
 def main(options: Reasoning) -> dict[str, Any]:
     """Runs what is not known yet; writes tables, pictures and numbers."""
-    rows = tiny() if isinstance(options, Tiny) else full(options.steps)
+    rows = tiny() if isinstance(options, Tiny) else full(options.steps, options.inner_rates)
     results = experiment.run(options, "reasoning", rows, shown, measure="tokens")
     curves = {name: task for name, task in results.items() if _curved(task)}
     if curves:
@@ -76,46 +78,49 @@ def main(options: Reasoning) -> dict[str, Any]:
     return results
 
 
-def contestants(base: Mapping[str, Any], parameters: int) -> dict[str, dict[str, nn.ModelConfig]]:
-    """Models that learn in the context by their mixers alone, all of one number of parameters.
+def config(mixer: Any, base: Mapping[str, Any], parameters: int, **fields: Any) -> nn.ModelConfig:
+    """A model of a number of parameters; continuum memory systems have three blocks.
 
-    base: vocabulary, width, heads, layers, and hidden units of memories.
+    base: vocabulary, width, heads, layers, tokens of a chunk, and hidden units of memories.
+    """
+    chunk = dict(projection_chunk_size=base["chunk_size"], cms_periods=(1,) * len(PERIODS))
+    made: dict[str, Any] = {"feed_forward": "swiglu", "hidden": 1, **chunk, **base, **fields}
+    return equal(nn.ModelConfig(mixer=mixer, **made), parameters)
+
+
+def rivals(base: Mapping[str, Any], parameters: int) -> dict[str, dict[str, nn.ModelConfig]]:
+    """Models without a continuum memory system; base: see `config`."""
+    mixers = {
+        "titans": "titans_lmm",
+        "deltanet": "deltanet",
+        "gated deltanet": "gated_deltanet",
+        "ttt": "ttt_linear",
+    }
+    made = {name: {"": config(mixer, base, parameters)} for name, mixer in mixers.items()}
+    return made | {"transformer": {"": config("attention", {**base, "layers": 2}, parameters)}}
+
+
+def levels(
+    name: str, alone: nn.ModelConfig, inner_rates: Sequence[float]
+) -> dict[str, dict[str, nn.ModelConfig | InContext]]:
+    """A model whose first, first two, and all three blocks learn in the context too.
+
+    name: of the model in tables. alone: the model, whose mixers alone learn in the context.
     """
 
-    def config(mixer: Any, **fields: Any) -> nn.ModelConfig:
-        kind = "cms" if mixer == "self_modifying" else "swiglu"
-        sizes = dict(chunk_size=CHUNK, projection_chunk_size=CHUNK, cms_periods=(1, 1, 1))
-        made = {**sizes, **base, **fields}
-        return equal(nn.ModelConfig(mixer=mixer, feed_forward=kind, hidden=1, **made), parameters)
-
-    return {
-        "hope, 1 level": {"": config("self_modifying")},
-        "titans": {"": config("titans_lmm")},
-        "deltanet": {"": config("deltanet")},
-        "gated deltanet": {"": config("gated_deltanet")},
-        "ttt": {"": config("ttt_linear")},
-        "transformer": {"": config("attention", layers=2)},
-    }
-
-
-def levels(config: nn.ModelConfig) -> dict[str, dict[str, InContext]]:
-    """Hope whose first, first two, and all three blocks learn in the context too."""
-    return {
-        f"hope, {1 + learning} levels": {
-            f"in context {rate:g}": InContext(
-                config,
-                tuple(p if n < learning else None for n, p in enumerate(PERIODS)),
-                rate,
-                CHUNK,
-            )
-            for rate in RATES
+    def of(learning: int) -> dict[str, nn.ModelConfig | InContext]:
+        periods = tuple(p if n < learning else None for n, p in enumerate(PERIODS))
+        return {
+            f"in context {rate:g}": InContext(alone, periods, rate, alone.chunk_size)
+            for rate in inner_rates
         }
-        for learning in (1, 2, 3)
-    }
+
+    further = {f"{name}, {1 + n} levels": of(n) for n in range(1, 1 + len(PERIODS))}
+    return {f"{name}, 1 level": {"": alone}, **further}
 
 
-def full(steps: int) -> dict[str, Row]:
-    """Two and three facts; functions in rows of 24 examples."""
+def full(steps: int, inner_rates: Sequence[float]) -> dict[str, Row]:
+    """Two and three facts; functions of 4 bits in rows of all 16 inputs."""
     plan = Plan(
         bins={"4 to 16": (12, 48), "17 to 32": (51, 96)},
         shortest=12,
@@ -127,10 +132,15 @@ def full(steps: int) -> dict[str, Row]:
         round_to=48,
     )
     base = dict(width=32, heads=2, memory_hidden=16)
-    rows = {f"{n} facts": facts(n, plan, {**base, "layers": 2}, 33_000) for n in (2, 3)}
-    bins = {name: (48, 48) for name in ("fresh", *TRAINED, *HELD_OUT)}
-    plan = dataclasses.replace(plan, bins=bins, shortest=48)
-    return rows | {"functions": functions(plan, {**base, "layers": 1}, 17_500, BITS)}
+    two = {**base, "layers": 2, "chunk_size": 8}
+    rows = {f"{n} facts": facts(n, plan, two, 33_000) for n in (2, 3)}
+    bins = {name: (32, 32) for name in ("fresh", *TRAINED, *HELD_OUT)}
+    plan = dataclasses.replace(
+        plan, bins=bins, shortest=32, stages=((0, 32),), rows=8, rates=(5e-3, 2e-2), validated=256,
+        tested=256, round_to=32,
+    )  # fmt: skip
+    one = {**base, "layers": 1, "chunk_size": 4}
+    return rows | {"functions": functions(plan, one, 17_500, BITS, inner_rates)}
 
 
 def facts(supporting: int, plan: Plan, base: Mapping[str, Any], parameters: int) -> Row:
@@ -138,7 +148,9 @@ def facts(supporting: int, plan: Plan, base: Mapping[str, Any], parameters: int)
     task = facts_tasks.facts(supporting)
     longer = list(plan.bins)[-1]
     task = dataclasses.replace(task, examined={longer: task.draw})
-    models = contestants({**base, "vocabulary": task.vocabulary}, parameters)
+    base = {**base, "vocabulary": task.vocabulary}
+    hope = config("self_modifying", base, parameters, feed_forward="cms")
+    models = {"hope": {"": hope}, **rivals(base, parameters)}
     even = lambda batch: np.full(1, 1 / task.classes)
     lines = {
         "any place": even,
@@ -147,12 +159,20 @@ def facts(supporting: int, plan: Plan, base: Mapping[str, Any], parameters: int)
     return Row(task, plan, models, {n: {b: f for b in plan.bins} for n, f in lines.items()})
 
 
-def functions(plan: Plan, base: Mapping[str, Any], parameters: int, bits: int) -> Row:
+def functions(
+    plan: Plan,
+    base: Mapping[str, Any],
+    parameters: int,
+    bits: int,
+    inner_rates: Sequence[float],
+) -> Row:
     """Functions in context, all models and levels, rivals that need no training."""
     task = function_tasks.functions(TRAINED, bits, HELD_OUT)
-    models = contestants({**base, "vocabulary": task.vocabulary}, parameters)
-    further = levels(models["hope, 1 level"][""])
-    models = {"hope, 1 level": models["hope, 1 level"], **further, **models}
+    base = {**base, "vocabulary": task.vocabulary}
+    nested: dict[str, Any] = {}
+    for name, mixer in (("hope", "self_modifying"), ("deltanet", "deltanet")):
+        nested |= levels(name, config(mixer, base, parameters, feed_forward="cms"), inner_rates)
+    models = {**nested, **rivals(base, parameters)}
 
     def bayes(*names: str) -> Line:
         return lambda batch: function_tasks.bayes(batch, names, bits)
@@ -177,20 +197,19 @@ def told_last(batch: Batch, places: int) -> Float[np.ndarray, " 1"]:
 
 
 def tiny() -> dict[str, Row]:
-    """Rows of 18 and 16 symbols; DeltaNet in Hope's stead, quick to compile."""
+    """Rows of 18 and 16 symbols; attention alone, which is compiled in the least time."""
     plan = Plan(
         bins={"4": (12, 12), "5 to 6": (15, 18)}, shortest=12, stages=((0, 12),), steps=2, every=1,
         seeds=1, rows=4, rates=(1e-2,), validated=8, tested=8, round_to=18,
     )  # fmt: skip
-    base = dict(width=8, heads=2, layers=1, memory_hidden=4)
+    base = dict(width=8, heads=2, layers=1, memory_hidden=4, chunk_size=4)
     two = facts(2, plan, base, 2_000)
     bins = {name: (16, 16) for name in ("fresh", "linear", "xor")}
     plan = dataclasses.replace(plan, bins=bins, shortest=16, stages=((0, 16),), round_to=16)
-    told = functions(plan, base, 2_000, 4)
-    alone = contestants({**base, "vocabulary": 18}, 2_000)["hope, 1 level"][""]
-    alone = dataclasses.replace(alone, mixer="deltanet")
-    three = levels(alone)["hope, 3 levels"]
-    some = {"deltanet, 1 level": {"": alone}, "deltanet, 3 levels": dict([*three.items()][:1])}
+    told = functions(plan, base, 2_000, 4, (0.1,))
+    alone = config("attention", {**base, "vocabulary": 18}, 2_000, feed_forward="cms")
+    nested = levels("transformer", alone, (0.1,))
+    some = {m: nested[m] for m in ("transformer, 1 level", "transformer, 3 levels")}
     return {
         "2 facts": two._replace(models={"transformer": two.models["transformer"]}),
         "functions": told._replace(models=some),
@@ -222,11 +241,13 @@ def shown(results: Mapping[str, Any]) -> str:
 
 def verdicts(task: Mapping[str, Any]) -> list[str]:
     """What each further level brings, seed against seed of the level before it."""
-    hopes = [m for m in task["models"] if "level" in m]
+    nested = [m for m in task["models"] if "level" in m]
     bins = list(task["plan"]["bins"])
-    found = {m: experiment.best(task["models"][m])[1] for m in hopes}
+    found = {m: experiment.best(task["models"][m])[1] for m in nested}
     lines = []
-    for before, after in zip(hopes, hopes[1:], strict=False):
+    for before, after in itertools.pairwise(nested):
+        if before.split(",")[0] != after.split(",")[0]:
+            continue
         gains = [
             f"{b} {statistics.fmean(d):+.1f} ({min(d):+.1f} to {max(d):+.1f})"
             for b in bins
@@ -280,7 +301,7 @@ def plot(path: pathlib.Path, results: Mapping[str, Any]) -> None:
     for axes, (task, b) in zip(grid.flat, panels, strict=False):
         for n, (model, variants) in enumerate(task["models"].items()):
             curve = experiment.best(variants)[1][b]["curve"]
-            solid = "-" if model.startswith("hope") else "--"
+            solid = "-" if "level" in model else "--"
             colour = report.COLOURS[n % len(report.COLOURS)]
             axes.plot(curve, solid, color=colour, linewidth=1.4, label=model)
         for name, style in zip(task.get("lines", {}), ("-.", "-", "--", ":"), strict=False):

@@ -117,9 +117,9 @@ def _cell(
     record = contest.measure(called, row.task, config, row.plan, stop)
     store.add({"what": what, **record})
     best = record["rates"][record["rate"]]
-    shares = "/".join(percent(best[b]["rows"]) for b in row.plan.bins)
+    shares = "/".join(percent(best[b][row.task.graded]) for b in row.plan.bins)
     say(
-        f"{called}: {shares} % of rows at {record['rate']}, {record['steps']} steps, "
+        f"{called}: {shares} % of {row.task.graded} at {record['rate']}, {record['steps']} steps, "
         f"{record['seconds']:.0f} s"
     )
 

@@ -113,14 +113,15 @@ def test_held_out_bins_choose_nothing_and_are_examined():
 
 
 def test_levels_are_one_architecture_of_equal_parameters():
-    rows = reasoning.full(10)
+    rows = reasoning.full(10, (0.1, 1.0))
     told = rows["functions"].models
-    alone = told["hope, 1 level"][""]
-    for n in (2, 3, 4):
-        for variant in told[f"hope, {n} levels"].values():
-            assert isinstance(variant, InContext)
-            assert variant.config == alone
-            assert sum(p is not None for p in variant.periods) == n - 1
+    for mixer in ("hope", "deltanet"):
+        alone = told[f"{mixer}, 1 level"][""]
+        for n in (2, 3, 4):
+            for variant in told[f"{mixer}, {n} levels"].values():
+                assert isinstance(variant, InContext)
+                assert variant.config == alone
+                assert sum(p is not None for p in variant.periods) == n - 1
     for row in rows.values():
         counts = [
             contest.sequence_learner.count(getattr(config, "config", config))
@@ -131,40 +132,37 @@ def test_levels_are_one_architecture_of_equal_parameters():
         assert list(row.plan.bins)[-1] in row.task.examined
 
 
-def test_runs_from_end_to_end_and_goes_on(tmp_path, capsys):
-    words = f"run reasoning-tiny --runs {tmp_path / 'runs'} --place {tmp_path}".split()
-    assert run.main([*words, "--only", "functions"]) == 0
+FEW = ("transformer", "transformer, 1 level")
+ALL = (*FEW, "transformer, 3 levels")
+
+
+@pytest.mark.parametrize("models", [FEW, pytest.param(ALL, marks=pytest.mark.slow)])
+def test_runs_from_end_to_end_and_goes_on(tmp_path, capsys, models):
+    given = ["--runs", str(tmp_path / "runs"), "--place", str(tmp_path), "--models", *models]
+    assert run.main(["run", "reasoning-tiny", *given]) == 0
     cells = tmp_path / "runs" / "cells.jsonl"
     first = cells.read_text().splitlines()
-    assert len(first) == 2
-    cells.write_text(first[0] + "\n" + first[1][:40])  # killed while it wrote the second
-    assert run.main(words) == 0
-    after = [json.loads(line) for line in cells.read_text().splitlines()]
-    assert len(after) == 3
-    drop = lambda record: {k: v for k, v in record.items() if k != "seconds"}
-    again = {r["what"]: drop(r) for r in after}
-    assert all(again[r["what"]] == drop(r) for r in map(json.loads, first))
+    assert len(first) == len(models)
+    cells.write_text("\n".join([*first[:-1], first[-1][:40]]))  # killed while it wrote the last
+    assert run.main(["run", "reasoning-tiny", *given]) == 0
+    drop = lambda line: {k: v for k, v in json.loads(line).items() if k != "seconds"}
+    assert [drop(line) for line in cells.read_text().splitlines()] == [drop(r) for r in first]
     results = json.loads((tmp_path / "results" / "reasoning.json").read_text())["tasks"]
     assert list(results) == ["2 facts", "functions"]
-    assert list(results["functions"]["models"]) == ["deltanet, 1 level", "deltanet, 3 levels"]
-    found = results["functions"]["models"]["deltanet, 3 levels"]["in context 0.1"]["rates"]["0.01"]
-    assert [len(found[b]["curve"]) for b in ("fresh", "linear", "xor")] == [8, 8, 8]
-    assert 0 <= min(found["xor"]["tokens"])
-    assert results["functions"]["lines"]["nearest examples"]
+    assert list(results["functions"]["models"]) == list(models[1:])
+    for variants in results["functions"]["models"].values():
+        found = next(iter(variants.values()))["rates"]["0.01"]
+        assert [len(found[b]["curve"]) for b in ("fresh", "linear", "xor")] == [8, 8, 8]
+    assert len(results["functions"]["lines"]["nearest examples"]["xor"]) == 8
     for name in ("reasoning.png", "reasoning-curves.png"):
         assert (tmp_path / "results" / name).read_bytes().startswith(b"\x89PNG")
     text = (tmp_path / "results" / "reasoning.md").read_text()
-    for words in (
-        "| deltanet, 3 levels |",
-        "*Bayes, the class itself*",
-        "held out from training: xor",
-        "* deltanet, 3 levels against deltanet, 1 level: fresh ",
-        "*most frequent answer*",
-        "*where somebody went last*",
-        "| task | model | variant |",
-    ):
-        assert words in text, words
-    assert "functions, deltanet, 3 levels, in context 0.1:" in capsys.readouterr().out
+    words = ["| transformer, 1 level |", "*Bayes, the class itself*", "*most frequent answer*"]
+    words += ["*where somebody went last*", "held out from training: xor", "| task | model |"]
+    if models == ALL:
+        words += ["* transformer, 3 levels against transformer, 1 level: fresh "]
+    assert all(word in text for word in words)
+    assert "functions, transformer, 1 level:" in capsys.readouterr().out
 
 
 def test_the_place_told_last_is_not_that_of_the_question():
