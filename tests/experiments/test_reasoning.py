@@ -209,9 +209,9 @@ def test_a_trained_model_learns_the_task_and_nothing_of_its_control(task, bins):
         stages=((0, longest),),
         steps=300,
         every=100,
-        seeds=2,
+        seeds=1,
         rates=(1e-2,),
-        rows=32,
+        rows=16,
         validated=64,
         tested=512,
         round_to=24,
@@ -222,7 +222,7 @@ def test_a_trained_model_learns_the_task_and_nothing_of_its_control(task, bins):
         vocabulary=task.vocabulary,
         width=32,
         heads=1,
-        layers=2,
+        layers=1,
         hidden=32,
     )
     shares = []
