@@ -176,6 +176,21 @@ def test_the_place_told_last_is_not_that_of_the_question():
     assert reasoning.told_last(batch, 6) == pytest.approx(np.mean(guesses))
 
 
+def test_further_levels_are_compared_with_one_level_seed_by_seed():
+    def model(tokens, curve):
+        found = {"validation": 1.0, "fresh": {"tokens": tokens, "curve": curve}}
+        return {"": {"rate": "1", "rates": {"1": found}}}
+
+    models = {
+        "hope, 1 level": model([0.5, 0.7], [0.5] * 8),
+        "hope, 3 levels": model([0.6, 0.6], [0.5] * 6 + [0.7, 0.9]),
+        "ttt": model([0.1, 0.1], [0.1] * 8),
+    }
+    said = reasoning.verdicts({"plan": {"bins": {"fresh": (8, 8)}}, "models": models})
+    line = "* hope, 3 levels against hope, 1 level: fresh +0.0 (-10.0 to +10.0), late +30.0."
+    assert said[1:] == [line]
+
+
 def test_bad_input_gets_a_sentence(tmp_path, capsys, model):
     with pytest.raises(ValueError, match=r"`periods` is \(1, 2\); there must be one for each of"):
         InContext(SMALL, (1, 2), 0.1, 4)
