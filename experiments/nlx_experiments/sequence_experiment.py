@@ -252,14 +252,12 @@ def plot(path: pathlib.Path, results: Mapping[str, Any], measure: str) -> None:
     figure, panels = plt.subplots(lines, columns, figsize=size, layout="constrained", squeeze=False)
     for axes in panels.flat[len(results) :]:
         axes.set_visible(False)
-    models = list(dict.fromkeys(m for task in results.values() for m in task["models"]))
+    known: list[list[str]] = []  # bins that a legend names
     for axes, (name, task) in zip(panels.flat, results.items(), strict=False):
-        bins = list(task["plan"]["bins"])
+        bins, models = list(task["plan"]["bins"]), list(task["models"])
         width = 0.8 / len(bins)
         for n, bin_name in enumerate(bins):
             for place, model in enumerate(models):
-                if model not in task["models"]:
-                    continue
                 shares = best(task["models"][model])[1][bin_name][measure]
                 at = place + (n - (len(bins) - 1) / 2) * width
                 colour = report.COLOURS[n]
@@ -272,5 +270,7 @@ def plot(path: pathlib.Path, results: Mapping[str, Any], measure: str) -> None:
                 )
         axes.set(title=name, ylim=(0, 1.05))
         axes.set_xticks(range(len(models)), models, rotation=60, ha="right", fontsize=8)
-    panels.flat[0].legend(frameon=False, fontsize=8)
+        if bins not in known:
+            axes.legend(frameon=False, fontsize=7, ncols=min(3, len(bins)))
+            known.append(bins)
     report.save(figure, path)
