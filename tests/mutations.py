@@ -56,6 +56,8 @@ MIXER, OF_CONFIG, OF_PRECISION = (
     "nlx/nn/test_configuration.py",
     "nlx/nn/test_precision.py",
 )
+EXPERIMENTS = "experiments/nlx_experiments"
+OF_LEVELS, OF_REASONING = (f"experiments/test_reasoning{part}.py" for part in ("", "_tasks"))
 WIDE = "wide = x.astype(jnp.promote_types(jnp.float32, x.dtype))"
 LANGUAGES = "experiments/nlx_experiments/formal_languages.py"
 OF_TASKS, OF_CONTEST = (f"experiments/test_sequence_{name}.py" for name in ("tasks", "contest"))
@@ -741,8 +743,8 @@ MUTATIONS = (
     Mutation(
         "the initial state of a split sequence",
         SPLIT,
-        "jnp.where(_bad(first), 0, first), _bad(first), own.cut)",
-        "jnp.zeros_like(first), _bad(first), own.cut)",
+        "jnp.where(bad, 0, first), bad, own.cut)",
+        "jnp.zeros_like(first), bad, own.cut)",
         OF_SPLIT,
     ),
     Mutation(
@@ -783,7 +785,7 @@ MUTATIONS = (
     Mutation(
         "that slopes stay finite beyond what a segment ends",
         SPLIT,
-        "_Map(jnp.where(bad | cut, 0, carry), jnp.where(bad, 0, made), bad, cut)",
+        "_Map(jnp.where(bad[..., :1] | cut, 0, carry), jnp.where(bad, 0, made), bad, cut)",
         "_Map(jnp.where(cut, 0, carry), made, bad, cut)",
         OF_SPLIT,
     ),
@@ -846,7 +848,7 @@ MUTATIONS = (
     Mutation(
         "the check of a mixer's state in a model",
         "nlx/nn/model.py",
-        "            check_state(name, block.mixer, cache, len(tokens), self._dtype(), capacity)\n",
+        "            check_state(name, block.mixer, cache, len(x), x.dtype, capacity)\n",
         "",
         OF_CHECKS,
     ),
@@ -977,13 +979,6 @@ MUTATIONS = (
         OF_TASKS,
     ),
     Mutation(
-        "the shuffle of the control",
-        "experiments/nlx_experiments/sequence_tasks.py",
-        "row[scored] = generator.permutation(row[scored])",
-        "pass",
-        OF_TASKS,
-    ),
-    Mutation(
         "the split of the text that is examined",
         "experiments/nlx_experiments/sequence_tasks.py",
         "test=draw(test)",
@@ -1014,8 +1009,8 @@ MUTATIONS = (
     Mutation(
         "rows of the last examination that were seen by no one",
         CONTEST,
-        "exams = {b: _rows(task, plan, TESTED, b)",
-        "exams = {b: _rows(task, plan, VALIDATED, b)",
+        "exams = {b: rows(task, plan, TESTED, b)",
+        "exams = {b: rows(task, plan, VALIDATED, b)",
         OF_CONTEST,
     ),
     Mutation(
@@ -1061,13 +1056,6 @@ MUTATIONS = (
         OF_SPLIT,
     ),
     Mutation(
-        "one decision for all parts of wide values",
-        "kernels/nlx_kernels/linear_memory/mosaic_gpu.py",
-        "jnp.stack(spoiled)",
-        "spoiled[-1]",
-        "kernels/test_linear_memory_gpu.py",
-    ),
-    Mutation(
         "positions that float32 does not hold",
         "kernels/nlx_kernels/mlp_memory/pallas_tpu.py",
         "(state.position % form.chunk_size)",
@@ -1087,6 +1075,62 @@ MUTATIONS = (
         "        self._check(x, state, segment_ids)\n",
         "",
         "nlx/nn/test_model.py",
+    ),
+    Mutation(
+        "that held-out bins choose no weights",
+        f"{EXPERIMENTS}/sequence_contest.py",
+        "for b in plan.bins if b not in task.examined}",
+        "for b in plan.bins}",
+        OF_LEVELS,
+    ),
+    Mutation(
+        "the gradients through a row's writes in the levels experiment",
+        f"{EXPERIMENTS}/sequence_levels.py",
+        "chunk_size=size, window=window)",
+        "chunk_size=size, window=1)",
+        OF_LEVELS,
+    ),
+    Mutation(
+        "the clocks of blocks that learn in the context of a task",
+        f"{EXPERIMENTS}/sequence_levels.py",
+        "[Clock(period) for period in config.periods]",
+        "[Clock(1) for period in config.periods]",
+        OF_LEVELS,
+    ),
+    Mutation(
+        "the moving of answers in the control",
+        f"{EXPERIMENTS}/sequence_tasks.py",
+        "generator.permutation(answers[scored])",
+        "answers[scored]",
+        OF_REASONING,
+    ),
+    Mutation(
+        "that training leaves functions out",
+        f"{EXPERIMENTS}/function_tasks.py",
+        "drawing(names, False)",
+        "drawing(names, None)",
+        OF_REASONING,
+    ),
+    Mutation(
+        "the drawing anew of nearly constant functions",
+        f"{EXPERIMENTS}/function_tasks.py",
+        "(ones < LEAST) | (ones > 1 - LEAST)",
+        "ones < 0",
+        OF_REASONING,
+    ),
+    Mutation(
+        "from where a thing came",
+        f"{EXPERIMENTS}/facts_tasks.py",
+        "self.came[carried, thing, to] = self.lies[carried, thing]",
+        "self.came[carried, thing, to] = to",
+        OF_REASONING,
+    ),
+    Mutation(
+        "that a thing is taken where it lies",
+        f"{EXPERIMENTS}/facts_tasks.py",
+        "takes = here & ",
+        "takes = ",
+        OF_REASONING,
     ),
 )
 

@@ -18,12 +18,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from nlx import nn
-from nlx_experiments import sequence_learner
+from nlx_experiments import sequence_learner, sequence_levels
 from nlx_experiments.console import StopRequest
 from nlx_experiments.errors import Stopped
 from nlx_experiments.sequence_learner import Scores
+from nlx_experiments.sequence_levels import InContext
 from nlx_experiments.sequence_tasks import Batch, Task, chance, padded
 
+MEASURES = ("rows", "tokens", "loss")
 TRAINED, VALIDATED, TESTED = 0, 1, 2  # streams of rows
 
 
@@ -32,7 +34,8 @@ class Plan:
     """How every model is trained on a task, and examined."""
 
     bins: Mapping[str, tuple[int, int]]
-    """Name -> shortest and longest rows of an examination; the last decides which weights stay."""
+    """Name -> shortest and longest rows of an examination; the last that the task does not draw
+    otherwise decides which weights stay."""
     shortest: int
     """Of the rows trained on."""
     stages: tuple[tuple[int, int], ...]
@@ -64,7 +67,7 @@ class Plan:
 def measure(
     name: str,
     task: Task,
-    config: nn.ModelConfig,
+    config: nn.ModelConfig | InContext,
     plan: Plan,
     stop: StopRequest | None = None,
     watch: Callable[[int, Mapping[str, Scores]], None] = lambda step, scores: None,
@@ -74,14 +77,16 @@ def measure(
     watch: told of every validation, (steps taken, bin -> scores of all trainings).
 
     Returns:
-      "rates": rate -> bin -> {"rows", "tokens", "loss"}: `Scores` on the test rows, by seed, and
-      "validation", the mean over seeds that rates are compared by; "rate": the best one; "steps"
-      taken; "seconds"; "parameters"; "chance": bin -> share of the most frequent answer.
+      "rates": rate -> bin -> {"rows", "tokens", "loss"}: `Scores` on the test rows, by seed, where
+      the task has a curve also "curve", the share right at each scored place, mean of the seeds;
+      and "validation", the mean over seeds that rates are compared by; "rate": the best one;
+      "steps" taken; "seconds"; "parameters"; "chance": bin -> share of the most frequent answer.
 
     Raises Stopped where a signal came: a cell is whole or not there.
     """
     begun = time.monotonic()
-    learners = sequence_learner.make(
+    make = sequence_levels.make if isinstance(config, InContext) else sequence_learner.make
+    learners: sequence_learner.Learners = make(
         config,
         steps=plan.steps,
         noise=plan.noise,
@@ -92,7 +97,7 @@ def measure(
     rates = jnp.asarray([rate for rate, _ in pairs], jnp.float32)
     seeds = jnp.asarray([seed for _, seed in pairs], jnp.uint32)
     state, keys = learners.init(seeds), jax.vmap(jax.random.key)(seeds)
-    checks = {b: _rows(task, plan, VALIDATED, b) for b in plan.bins}
+    checks = {b: rows(task, plan, VALIDATED, b) for b in plan.bins if b not in task.examined}
     stream = np.random.default_rng((TRAINED, _number(task.name)))
     kept = jax.tree.map(jnp.copy, state.params), np.full(len(pairs), -np.inf)
     step, perfect = 0, np.zeros(len(pairs), int)  # validations on end with nothing wrong
@@ -105,9 +110,9 @@ def measure(
         batches = sequence_learner.stacked([draw() for _ in range(count)])
         state, _ = learners.learn(state, rates, keys, batches)
         step += count
-        scores = {b: learners.score(state.params, rows) for b, rows in checks.items()}
+        scores = {b: learners.score(state.params, batch) for b, batch in checks.items()}
         watch(step, scores)
-        value = _value(list(scores.values()), plan)
+        value = _value(list(scores.values()), task, plan)
         kept = sequence_learner.better((state.params, value), kept)
         perfect = np.where(value > 2, perfect + 1, 0)
         if stop is not None and stop.received is not None:
@@ -116,14 +121,17 @@ def measure(
                 "kept, the same command goes on from there.",
                 stop.received,
             )
-    exams = {b: _rows(task, plan, TESTED, b) for b in plan.bins}
-    results = {b: learners.score(kept[0], rows) for b, rows in exams.items()}
+    exams = {b: rows(task, plan, TESTED, b) for b in plan.bins}
+    results = {b: learners.score(kept[0], batch) for b, batch in exams.items()}
     validation = _by_rate(kept[1], plan).mean(1)
     by_rate = {
         f"{rate:g}": {
             "validation": float(validation[n]),
             **{
-                b: {field: _listed(values, plan)[n] for field, values in s._asdict().items()}
+                b: {
+                    **{name: _listed(getattr(s, name), plan)[n] for name in MEASURES},
+                    **({"curve": _curve(s.places, exams[b], plan)[n]} if task.curve else {}),
+                }
                 for b, s in results.items()
             },
         }
@@ -135,7 +143,7 @@ def measure(
         "steps": step,
         "seconds": round(time.monotonic() - begun, 1),
         "parameters": learners.parameters,
-        "chance": {b: round(chance(rows), 4) for b, rows in exams.items()},
+        "chance": {b: round(chance(batch), 4) for b, batch in exams.items()},
     }
 
 
@@ -148,19 +156,24 @@ def equal(config: nn.ModelConfig, parameters: int) -> nn.ModelConfig:
     return dataclasses.replace(config, hidden=max(1, hidden))
 
 
-def _rows(task: Task, plan: Plan, stream: int, name: str) -> Batch:
-    """The rows of an examination, the same for every model."""
+def rows(task: Task, plan: Plan, stream: int, name: str) -> Batch:
+    """The rows of an examination, the same for every model.
+
+    stream: VALIDATED or TESTED. name: of the bin.
+    """
     generator = np.random.default_rng((stream, _number(task.name), _number(name)))
     count = plan.validated if stream == VALIDATED else plan.tested
-    draw = (task.validation if stream == VALIDATED else task.test) or task.draw
+    usual = (task.validation if stream == VALIDATED else task.test) or task.draw
+    draw = task.examined.get(name, usual)
     return _filled(draw(generator, count, *plan.bins[name]), plan)
 
 
-def _value(found: list[Scores], plan: Plan) -> np.ndarray:
-    """What a training is worth; above 2 where every row is right."""
+def _value(found: list[Scores], task: Task, plan: Plan) -> np.ndarray:
+    """What a training is worth; above 2 where all that is graded is right."""
     if plan.by_loss:
         return -np.mean([s.loss for s in found], 0)
-    return np.mean([s.rows + 1e-3 * s.tokens for s in found], 0) + found[-1].rows
+    graded = [getattr(s, task.graded) for s in found]
+    return np.mean(graded, 0) + 1e-3 * np.mean([s.tokens for s in found], 0) + graded[-1]
 
 
 def _filled(batch: Batch, plan: Plan) -> Batch:
@@ -174,6 +187,12 @@ def _number(text: str) -> int:
 
 def _by_rate(values: np.ndarray, plan: Plan) -> np.ndarray:
     return np.asarray(values).reshape(len(plan.rates), plan.seeds)
+
+
+def _curve(places: np.ndarray, batch: Batch, plan: Plan) -> list[list[float]]:
+    """Of each rate the mean over seeds at the places that are scored."""
+    seen = places[:, batch.scored[0] > 0].reshape(len(plan.rates), plan.seeds, -1)
+    return [[round(float(v), 4) for v in rate] for rate in seen.mean(1)]
 
 
 def _listed(values: np.ndarray, plan: Plan) -> list[list[float]]:

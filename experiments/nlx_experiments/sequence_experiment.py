@@ -2,17 +2,20 @@
 """Models x sequence tasks: runs what is not known yet, and makes table, picture and numbers."""
 
 import dataclasses
+import functools
 import hashlib
 import pathlib
 import statistics
 import sys
 import time
+import types
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import matplotlib.pyplot as plt
 import numpy as np
+from jaxtyping import Float
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from nlx import nn
@@ -23,18 +26,27 @@ from nlx_experiments.console import StopRequest, say
 from nlx_experiments.errors import Refused
 from nlx_experiments.sequence_contest import Plan
 from nlx_experiments.sequence_learner import Scores
-from nlx_experiments.sequence_tasks import Task
+from nlx_experiments.sequence_levels import InContext
+from nlx_experiments.sequence_tasks import Batch, Task
 
 SILENCE = 60.0  # seconds without a line, where there is no terminal
 PLACE = pathlib.Path(__file__).parents[1]
 
 
+Line = Callable[[Batch], Float[np.ndarray, " n"]]
+
+
 class Row(NamedTuple):
-    """One task, how it is trained, and who competes: model -> variant -> configuration."""
+    """One task, how it is trained, and who competes: model -> variant -> configuration.
+
+    lines: rivals that need no training: name -> bin -> function of the test rows, the share right,
+    one number or one for each scored place.
+    """
 
     task: Task
     plan: Plan
-    models: Mapping[str, Mapping[str, nn.ModelConfig]]
+    models: Mapping[str, Mapping[str, nn.ModelConfig | InContext]]
+    lines: Mapping[str, Mapping[str, Line]] = types.MappingProxyType({})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -96,7 +108,11 @@ def run(
 
 
 def _cell(
-    store: Store, where: tuple[str, str, str], row: Row, config: nn.ModelConfig, stop: StopRequest
+    store: Store,
+    where: tuple[str, str, str],
+    row: Row,
+    config: nn.ModelConfig | InContext,
+    stop: StopRequest,
 ) -> None:
     """Runs a cell that is not known."""
     what = identity(where, row, config)
@@ -107,9 +123,9 @@ def _cell(
         record = contest.measure(called, row.task, config, row.plan, stop, watch)
     store.add({"what": what, **record})
     best = record["rates"][record["rate"]]
-    shares = "/".join(percent(best[b]["rows"]) for b in row.plan.bins)
+    shares = "/".join(percent(best[b][row.task.graded]) for b in row.plan.bins)
     say(
-        f"{called}: {shares} % of rows at {record['rate']}, {record['steps']} steps, "
+        f"{called}: {shares} % of {row.task.graded} at {record['rate']}, {record['steps']} steps, "
         f"{record['seconds']:.0f} s"
     )
 
@@ -147,7 +163,7 @@ class Watch:
             say(text)
 
 
-def identity(where: tuple[str, str, str], row: Row, config: nn.ModelConfig) -> str:
+def identity(where: tuple[str, str, str], row: Row, config: nn.ModelConfig | InContext) -> str:
     """What decides a cell, besides the code."""
     fields = f"{dataclasses.asdict(config)} {dataclasses.asdict(row.plan)}"
     digest = hashlib.sha256(fields.encode()).hexdigest()[:12]
@@ -155,7 +171,10 @@ def identity(where: tuple[str, str, str], row: Row, config: nn.ModelConfig) -> s
 
 
 def gather(store: Store, rows: Mapping[str, Row]) -> dict[str, Any]:
-    """All finished cells: task -> {"bins", "chance", "models": model -> variant -> record}."""
+    """All finished cells: task -> {"plan", "chance", "models": model -> variant -> record}.
+
+    Where a task has lines also "lines": name -> bin -> shares right.
+    """
     results: dict[str, Any] = {}
     for task_name, row in rows.items():
         models: dict[str, Any] = {}
@@ -171,7 +190,19 @@ def gather(store: Store, rows: Mapping[str, Row]) -> dict[str, Any]:
             some = next(iter(next(iter(models.values())).values()))
             plan = dataclasses.asdict(row.plan)
             results[task_name] = {"plan": plan, "chance": some["chance"], "models": models}
+        if models and row.lines:
+            results[task_name]["lines"] = lines(row)
     return results
+
+
+def lines(row: Row) -> dict[str, dict[str, list[float]]]:
+    """What rivals without training get right, on the rows that models are examined on."""
+    exam = functools.partial(contest.rows, row.task, row.plan, contest.TESTED)
+    listed = lambda shares: [round(float(share), 4) for share in np.atleast_1d(shares)]
+    return {
+        name: {b: listed(line(exam(b))) for b, line in by_bin.items()}
+        for name, by_bin in row.lines.items()
+    }
 
 
 def write(
@@ -260,14 +291,12 @@ def plot(path: pathlib.Path, results: Mapping[str, Any], measure: str) -> None:
     figure, panels = plt.subplots(lines, columns, figsize=size, layout="constrained", squeeze=False)
     for axes in panels.flat[len(results) :]:
         axes.set_visible(False)
-    models = list(dict.fromkeys(m for task in results.values() for m in task["models"]))
+    known: list[list[str]] = []  # bins that a legend names
     for axes, (name, task) in zip(panels.flat, results.items(), strict=False):
-        bins = list(task["plan"]["bins"])
+        bins, models = list(task["plan"]["bins"]), list(task["models"])
         width = 0.8 / len(bins)
         for n, bin_name in enumerate(bins):
             for place, model in enumerate(models):
-                if model not in task["models"]:
-                    continue
                 shares = best(task["models"][model])[1][bin_name][measure]
                 at = place + (n - (len(bins) - 1) / 2) * width
                 colour = report.COLOURS[n]
@@ -280,5 +309,7 @@ def plot(path: pathlib.Path, results: Mapping[str, Any], measure: str) -> None:
                 )
         axes.set(title=name, ylim=(0, 1.05))
         axes.set_xticks(range(len(models)), models, rotation=60, ha="right", fontsize=8)
-    panels.flat[0].legend(frameon=False, fontsize=8)
+        if bins not in known:
+            axes.legend(frameon=False, fontsize=7, ncols=min(3, len(bins)))
+            known.append(bins)
     report.save(figure, path)

@@ -66,6 +66,7 @@ class Scores(NamedTuple):
     tokens: Float[np.ndarray, " m"]  # share of scored positions
     rows: Float[np.ndarray, " m"]  # share of rows right at every scored position
     loss: Float[np.ndarray, " m"]  # cross-entropy of a scored position, in nats
+    places: Float[np.ndarray, "m t"]  # share of the rows that are scored there; 0 where none is
 
 
 class Learners(NamedTuple):
@@ -107,12 +108,28 @@ def make(
       decoded: see `SequenceModel`.
     """
     build = lambda rngs: SequenceModel(config, decoded, rngs=rngs)
+    answer = lambda model, tokens, key: model(tokens, key, noise)
+    return learners(build, answer, steps=steps, decay=decay, parameters=count(config))
+
+
+def learners(
+    build: Callable[[nnx.Rngs], nnx.Module],
+    answer: Callable[[Any, Array, Array | None], Float[Array, "b t s"]],
+    *,
+    steps: int,
+    decay: bool,
+    parameters: int,
+) -> Learners:
+    """The functions that train what `build` draws and that answers by `answer`; see `make`.
+
+    answer: (model, tokens [b, t], key or None) -> scores; a key is given while training.
+    """
     shapes = nnx.eval_shape(lambda: build(nnx.Rngs(0)))
     graph, labels = nnx.graphdef(shapes), nn.labels_by_level(shapes)
     clocks = nn.clocks_by_level(shapes)
 
     def scores(params: PyTree, tokens: Array, key: Array | None = None) -> Array:
-        return nnx.merge(graph, params)(tokens, key, noise)
+        return answer(nnx.merge(graph, params), tokens, key)
 
     def loss(params: PyTree, batch: tuple[Array, Array, Array, Array]) -> Array:
         tokens, answers, scored, key = batch
@@ -145,8 +162,9 @@ def make(
         given = scores(params, tokens)
         hits = jnp.argmax(given, -1) == answers
         whole = jnp.all(hits | (scored == 0), 1)
-        tokens_right = jnp.sum(hits * scored) / jnp.sum(scored)
-        return tokens_right, jnp.mean(whole), cross_entropy(given, answers, scored)
+        right = jnp.sum(hits * scored) / jnp.sum(scored)
+        places = jnp.sum(hits * scored, 0) / jnp.maximum(jnp.sum(scored, 0), 1)
+        return right, jnp.mean(whole), cross_entropy(given, answers, scored), places
 
     init_all = jax.jit(jax.vmap(init))
     learn_all = jax.jit(jax.vmap(learn, in_axes=(0, 0, 0, None)), donate_argnums=0)
@@ -155,7 +173,7 @@ def make(
     def score(params: PyTree, batch: Batch) -> Scores:
         return Scores(*map(np.asarray, right_all(params, *arrays(batch))))
 
-    return Learners(init_all, learn_all, score, count(config))
+    return Learners(init_all, learn_all, score, parameters)
 
 
 def cross_entropy(

@@ -2,7 +2,8 @@
 """Sequence tasks: symbols in, an answer at some positions, drawn without end from a generator."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -34,6 +35,9 @@ class Task:
       compressed: whether a decoder answers everywhere from what the model made of the last symbol.
       validation, test: what is drawn to choose by, and to report, where those are other rows than
         the ones trained on; None: `draw`, from streams of their own.
+      graded: what weights and rates are chosen by: the share right of "rows" or of "tokens".
+      curve: whether records keep the share right at each scored place, the same in every row.
+      examined: bins that are drawn otherwise; never are weights or rates chosen by them.
     """
 
     name: str
@@ -43,6 +47,9 @@ class Task:
     compressed: bool = False
     validation: Draw | None = None
     test: Draw | None = None
+    graded: Literal["rows", "tokens"] = "rows"
+    curve: bool = False
+    examined: Mapping[str, Draw] = dataclasses.field(default_factory=dict)
 
     @property
     def vocabulary(self) -> int:
@@ -51,27 +58,29 @@ class Task:
 
 
 def shuffled(task: Task) -> Task:
-    """The control: every row's answers change places among its scored positions.
+    """The control: a batch's answers change places among its scored positions, from row to row.
 
     What is left to learn is how often each answer comes, so nothing beats the share of the most
-    frequent one.
+    frequent one. (Within rows they would tell more: a row with one question would keep its answer.)
     """
 
-    def mixed(draw: Draw) -> Draw:
-        def shuffle(
-            generator: np.random.Generator, rows: int, shortest: int, longest: int
-        ) -> Batch:
-            batch = draw(generator, rows, shortest, longest)
-            answers = batch.answers.copy()
-            for row, scored in zip(answers, batch.scored > 0, strict=True):
-                row[scored] = generator.permutation(row[scored])
+    def control(of: Draw) -> Draw:
+        def draw(generator: np.random.Generator, rows: int, shortest: int, longest: int) -> Batch:
+            batch = of(generator, rows, shortest, longest)
+            answers, scored = batch.answers.copy(), batch.scored > 0
+            answers[scored] = generator.permutation(answers[scored])
             return dataclasses.replace(batch, answers=answers)
 
-        return shuffle
+        return draw
 
     exams = {"validation": task.validation, "test": task.test}
-    others = {name: draw and mixed(draw) for name, draw in exams.items()}
-    return dataclasses.replace(task, name=f"{task.name}, shuffled", draw=mixed(task.draw), **others)
+    return dataclasses.replace(
+        task,
+        name=f"{task.name}, shuffled",
+        draw=control(task.draw),
+        examined={name: control(of) for name, of in task.examined.items()},
+        **{name: of and control(of) for name, of in exams.items()},
+    )
 
 
 def windows(train: Bytes, validation: Bytes, test: Bytes) -> Task:

@@ -72,7 +72,7 @@ def test_weights_are_those_of_the_best_validation_and_rows_are_fresh(monkeypatch
         right = {0: 0.1, 10: 0.9, 20: 0.3, 30: 0.5}
         shares = np.asarray([right[int(w)] for w in params])
         seen.append((np.asarray(params), batch.tokens))
-        return sequence_learner.Scores(shares, shares, -shares)
+        return sequence_learner.Scores(shares, shares, -shares, np.zeros((4, 8)))
 
     state = lambda w: types.SimpleNamespace(params=w)
     learners = sequence_learner.Learners(
