@@ -17,6 +17,7 @@ UNUSUAL = dict(
     heads=2,
     kv_heads=1,
     window=5,
+    rotary=False,
     negative_eigenvalues=True,
     hidden=12,
     cms_periods=(2, 3),
@@ -67,7 +68,12 @@ titans = dict(
     read=of_memory("read"),
 )
 MIXERS = {
-    "attention": heads | dict(kv_heads=lambda mixer: mixer.kv_heads, window=window),
+    "attention": heads
+    | dict(
+        kv_heads=lambda mixer: mixer.kv_heads,
+        window=window,
+        rotary=lambda mixer: mixer.theta is not None,
+    ),
     "retnet": heads,
     "deltanet": heads | dict(negative_eigenvalues=lambda mixer: mixer.top == 2),
     "gated_deltanet": heads,
