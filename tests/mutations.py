@@ -1132,6 +1132,13 @@ MUTATIONS = (
         "takes = ",
         OF_REASONING,
     ),
+    Mutation(
+        "what blocks do not keep for the backward pass",
+        "nlx/nn/model.py",
+        "        if self.config.remat:\n",
+        "        if False:\n",
+        "nlx/nn/test_model.py::test_remat_keeps_less_and_changes_nothing",
+    ),
 )
 
 

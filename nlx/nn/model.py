@@ -128,6 +128,8 @@ class LanguageModel(nnx.Module):
                 after.append(block_state)
             return x, after
 
+        if self.config.remat:
+            body = jax.checkpoint(body, prevent_cse=False)  # inside a scan there is nothing to join
         x, after = jax.lax.scan(body, x, (parameters, before))
         take = lambda n: jax.tree.map(lambda leaf: leaf[n // period], after[n % period])
         return x, tuple(take(n) for n in range(len(self.blocks)))

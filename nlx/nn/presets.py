@@ -85,6 +85,8 @@ class ModelConfig:
     """Whether the read-out shares the embedding's table."""
     context: int = 1024
     """Tokens that an attention cache holds unless it is told otherwise."""
+    remat: bool = False
+    """Keep what stands between blocks for the backward pass, and make all inside them again."""
     bfloat16: bool = False
     """Compute activations in bfloat16; parameters, gates, states and sums stay at least float32."""
 

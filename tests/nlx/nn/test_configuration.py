@@ -36,6 +36,7 @@ UNUSUAL = dict(
     adaptive_query=True,
     tied=True,
     context=11,
+    remat=True,
     bfloat16=True,
 )
 
@@ -119,7 +120,7 @@ def test_the_values_are_unusual_and_all_fields_are_looked_at():
     fields = {field.name: field.default for field in dataclasses.fields(nn.ModelConfig)}
     assert not [name for name, value in UNUSUAL.items() if value == fields[name]]
     looked_at = {name for each in (MODEL, *MIXERS.values()) for name in each}
-    named_below = {"mixer", "then", "layers", "feed_forward", "context", "bfloat16"}
+    named_below = {"mixer", "then", "layers", "feed_forward", "context", "bfloat16", "remat"}
     assert looked_at | named_below == set(fields)
 
 

@@ -210,6 +210,22 @@ def test_blocks_alone_are_checked_as_the_model_is():
         model.mix(x, state)
 
 
+def test_remat_keeps_less_and_changes_nothing():
+    """Of four layers the backward pass is given what stands between them, and little more."""
+    config = dataclasses.replace(nn.preset("hope-tiny"), layers=4, width=32, hidden=32, heads=2)
+    tokens, kept, slopes = jnp.arange(33)[None], [], []
+    for remat in (False, True):
+        model = nn.LanguageModel(dataclasses.replace(config, remat=remat), rngs=nnx.Rngs(0))
+        graph, params = nnx.split(model)
+        loss = train.language_model_loss(graph)
+        run = lambda params, loss=loss: loss(params, {"tokens": tokens})
+        slopes.append(jax.jit(jax.grad(run))(params))
+        _, pull = jax.eval_shape(lambda params, run=run: jax.vjp(run, params), params)
+        kept.append(sum(x.size for x in jax.tree.leaves(pull)))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), *slopes)
+    assert kept[1] < 0.5 * kept[0], kept
+
+
 def test_labels_name_the_level_of_every_parameter(built):
     labels = nn.labels_by_level(built.model)
     clocks = nn.clocks_by_level(built.model)

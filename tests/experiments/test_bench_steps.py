@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`bench_steps` at tiny sizes: the rival's attention is ours, and what fails is said."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from nlx_experiments import bench_steps
+
+from nlx import nn
+from nlx.nn import attention
+
+
+def test_the_rivals_attention_is_ours(monkeypatch):
+    model = nn.LanguageModel(nn.preset("transformer++-tiny"), rngs=nnx.Rngs(0))
+    tokens, ours = jnp.arange(12)[None], attention.attend
+    want, _ = model(tokens)
+    with bench_steps.library_attention("xla"):
+        assert attention.attend is not ours
+        got, _ = model(tokens)
+    assert attention.attend is ours
+    np.testing.assert_allclose(got, want, atol=1e-4)
+
+
+def test_steps_are_timed_in_turn_and_what_fails_says_why():
+    config = dataclasses.replace(nn.preset("transformer++-tiny"), width=16, heads=2, hidden=8)
+    other = dataclasses.replace(config, mixer="deltanet", remat=True)
+    configs = {"gated-deltanet-340m": other, "transformer++-340m": config}
+    found = bench_steps.measure(configs, 8, "xla", rounds=2)
+    assert all(found[name] > 0 for name in configs)
+    failed = bench_steps.measure({"transformer++-340m": config}, 8, "cudnn", rounds=1)
+    assert failed["transformer++-340m"].startswith("failed: ")
+
+
+def test_a_step_descends():
+    config = dataclasses.replace(nn.preset("transformer++-tiny"), width=16, heads=2, hidden=8)
+    descend, init = bench_steps.step(config)
+    params = init()
+    after = jax.jit(descend)(params, jnp.arange(9)[None])
+    moved = jax.tree.leaves(jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), params, after))
+    assert max(moved) > 0
+    assert bench_steps.config_of("hope-340m", 32768).remat
+    assert not bench_steps.config_of("hope-340m", 4096).remat
