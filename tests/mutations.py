@@ -1137,7 +1137,7 @@ MUTATIONS = (
         "nlx/nn/model.py",
         "        if self.config.remat:\n",
         "        if False:\n",
-        "nlx/nn/test_model.py::test_remat_keeps_less_and_changes_nothing",
+        "nlx/nn/test_model.py",
     ),
 )
 
