@@ -5,8 +5,8 @@ command    nlx run ablation [--only TASK ...] [--models ROW ...]
            nlx run ablation-tiny: next to nothing of it, in seconds
 shows      Hope without one of its parts, at equal parameters: bits per byte on held-out text (the
            Python standard library's source, or --data), and the rows of parity that are right
-takes      see README.md; stopped at any moment, the same command goes on
-expects    the signs in README.md, beside the paper's
+takes      not run yet; stopped at any moment, the same command goes on
+expects    meant, and not shown yet: the paper's sign in every row, or why not
 
 "Hope" here makes its queries by a memory, as the first row of the paper's table does; "w/o
 inner-projection q" is what the presets are. A removed projection is the slow map that stands before
@@ -26,6 +26,7 @@ from nlx_experiments import data, formal_languages
 from nlx_experiments import sequence_experiment as experiment
 from nlx_experiments.sequence_contest import Plan, equal
 from nlx_experiments.sequence_experiment import Options, Row
+from nlx_experiments.sequence_learner import count
 from nlx_experiments.sequence_tasks import windows
 
 # Table 6 of the paper: perplexity and accuracy.
@@ -99,8 +100,6 @@ def variants(vocabulary: int, tiny: bool) -> dict[str, nn.ModelConfig]:
         adaptive_query=True,
         **sizes,
     )
-    from nlx_experiments.sequence_learner import count
-
     chosen = list(REMOVED)[:2] if tiny else list(REMOVED)
     return {row: equal(dataclasses.replace(whole, **REMOVED[row]), count(whole)) for row in chosen}
 
@@ -164,7 +163,7 @@ def shown(results: Mapping[str, Any]) -> str:
             (
                 row,
                 f"{statistics.fmean(bits[row]):.3f}" if row in bits else "",
-                "" if row == "Hope" else f"{worse:+.3f} ± {error:.3f}",
+                "" if row == "Hope" or row not in bits else f"{worse:+.3f} ± {error:.3f}",
                 f"{perplexity:.2f}" + ("" if row == "Hope" else f" ({theirs:+.2f})"),
                 "" if row == "Hope" or row not in bits else verdict(worse, error, theirs),
                 " / ".join(experiment.interval(tracked[b]["rows"]) for b in bins)

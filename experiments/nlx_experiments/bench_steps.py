@@ -2,14 +2,14 @@
 """Whole training steps on a GPU: Hope beside Transformer++ with cuDNN's attention.
 
 command    python -m nlx_experiments.bench_steps FOLDER [TOKENS ...]      (4096 32768 131072)
-           python -m nlx_experiments.bench_steps FOLDER --ahead-of-time [TOKENS ...]
+           python -m nlx_experiments.bench_steps FOLDER --ahead-of-time [TOKENS ...] [PRESET ...]
 shows      milliseconds of a step of gradient descent on one row, bfloat16, in turn, medians, and
-           how many times the Transformer's; ahead of time: what Hope's step takes of one H200 that
-           is not there. JSON in FOLDER, written after every row
+           how many times the Transformer's; ahead of time: what a step takes of one H200 that is
+           not there, hope-340m's or other presets'. JSON in FOLDER, written after every row
 measures   hope-340m, gated-deltanet-340m and transformer++-340m; blocks are made again in the
            backward pass (`remat`) from 32,768 tokens on. The Transformer's attention is
            `jax.nn.dot_product_attention(implementation="cudnn")` in place of nlx's
-takes      not yet run on a device; ahead of time 2 to 6 minutes a row on two cores
+takes      not yet run on a device; ahead of time 2 to 5 minutes a row on two cores
 """
 
 import contextlib
@@ -118,12 +118,17 @@ def main(argv: list[str]) -> None:
     """Times, or compiles, one length after the other."""
     folder = pathlib.Path(argv[0])
     folder.mkdir(parents=True, exist_ok=True)
-    lengths = [int(word) for word in argv[1:] if word.isdigit()] or list(TOKENS)
-    rows: list[dict[str, Any]] = []
     absent = "--ahead-of-time" in argv
+    words = [word for word in argv[1:] if word != "--ahead-of-time"]
+    lengths = [int(word) for word in words if word.isdigit()] or list(TOKENS)
+    presets = [word for word in words if not word.isdigit()]
+    for word in presets:
+        if not absent or word not in nn.PRESETS:
+            sys.exit(f"{word!r} must be a number of tokens, or with --ahead-of-time a preset.")
+    rows: list[dict[str, Any]] = []
     for tokens in lengths:
         if absent:
-            rows.append(ahead_of_time(MODELS[0], tokens))
+            rows += [ahead_of_time(name, tokens) for name in presets or MODELS[:1]]
         else:
             configs = {name: config_of(name, tokens) for name in MODELS}
             rows.append(measure(configs, tokens, "cudnn"))

@@ -6,8 +6,9 @@ command    nlx run recall [--only TASK ...] [--models MODEL ...]
 shows      the share of answers that are right, at equal bytes of state and equal parameters: MAD's
            five tasks (Poli et al., 2024; Behrouz et al., 2025, Table 4), and multi-query recall
            of more and more pairs with states of one, two and four times the bytes
-takes      see README.md; stopped at any moment, the same command goes on
-expects    see README.md
+takes      not run yet; stopped at any moment, the same command goes on
+expects    meant, and not shown yet: Hope in the mean at least level with Titans, and above
+           DeltaNet, Gated DeltaNet and TTT
 
 A model's state is what one row carries to the next token, convolutions included, after its last
 chunk. Linear memories have one head and the width that comes nearest to the bytes; Titans and Hope

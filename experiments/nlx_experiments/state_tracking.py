@@ -6,9 +6,10 @@ command    nlx run state-tracking [--only TASK ...] [--models MODEL ...]
 shows      the share of rows that are right at every position, at the lengths trained on and up to
            twice as long: six formal languages (Irie et al., 2023; Behrouz et al., 2025, Table 5),
            and word problems of S5, A5 and arithmetic modulo 5
-takes      see README.md; stopped at any moment, the same command goes on
-expects    Hope at 100 % in all cells of the paper's table; the Transformer at 0 % of long rows of
-           parity; S5 solved by Hope at lengths at which DeltaNet and the Transformer solve nothing
+takes      not run whole yet; stopped at any moment, the same command goes on
+expects    meant, and not shown yet: Hope at 100 % in all cells of the paper's table, the
+           Transformer at 0 % of long rows of parity, S5 solved by Hope at lengths at which DeltaNet
+           and the Transformer solve nothing
 
 One protocol for all (`sequence_contest.py`): all models have one layer and as many parameters
 within 1 %, the same steps, rows, seeds and two learning rates. What differs is named
@@ -18,8 +19,7 @@ to 2, Titans and Hope by the tokens of a chunk, Hope with its gated delta writes
 Best of the grid by validation rows, as in the papers; reported are fresh rows.
 
 Training words are drawn without end, their lengths evenly from the shortest to 16 for the first
-steps, then to 50. Noise on the embedded symbols (0.2 of their size) makes the states attractors:
-without it rows twice as long drift off, whatever the model.
+steps, then to 50. Noise on the embedded symbols, of all models alike, is 0.2 of their size.
 """
 
 import dataclasses
@@ -185,6 +185,9 @@ def shown(results: Mapping[str, Any]) -> str:
             "Rows right at every position, of 2 to 50 symbols / of 51 to 100, in percent, mean of "
             "the seeds; in brackets Table 5 of the paper:",
             experiment.table(formal, both).markdown(),
+            "Models of the paper that are not run here: "
+            + "; ".join(f"{n} {', '.join(PAPER[n])}" for n in PAPER if n not in OURS.values())
+            + ".",
         ]
     if words:
         bins = " / ".join(next(iter(words.values()))["plan"]["bins"])

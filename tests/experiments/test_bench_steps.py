@@ -6,6 +6,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
 from nlx_experiments import bench_steps
 
@@ -43,3 +44,16 @@ def test_a_step_descends():
     assert max(moved) > 0
     assert bench_steps.config_of("hope-340m", 32768).remat
     assert not bench_steps.config_of("hope-340m", 4096).remat
+
+
+def test_what_is_compiled_ahead_of_time(tmp_path, monkeypatch):
+    """Presets and lengths that are named; what is neither gets a sentence."""
+    asked = []
+    answer = lambda name, tokens: asked.append((name, tokens)) or {}
+    monkeypatch.setattr(bench_steps, "ahead_of_time", answer)
+    bench_steps.main([str(tmp_path), "--ahead-of-time", "8", "deltanet-1.3b"])
+    bench_steps.main([str(tmp_path), "--ahead-of-time", "16"])
+    assert asked == [("deltanet-1.3b", 8), ("hope-340m", 16)]
+    for words in (["--ahead-of-time", "hope"], ["hope-340m"]):
+        with pytest.raises(SystemExit, match="must be a number of tokens, or with"):
+            bench_steps.main([str(tmp_path), *words])

@@ -251,7 +251,7 @@ def test_a_cell_that_was_stopped_is_not_there():
         received = signal.SIGTERM
 
     with pytest.raises(Stopped, match="plus one was not finished and begins anew"):
-        sequence_contest.measure("plus one", EASY, CONFIG, PLAN, Stop())  # pyright: ignore
+        sequence_contest.measure("plus one", EASY, CONFIG, PLAN, Stop())
 
 
 def test_percent_is_100_only_where_every_row_is_right():
@@ -327,3 +327,4 @@ def test_the_papers_table_is_beside_ours():
     results = {n: task | {"models": {"deltanet": {"": record}}} for n in names}
     text = state_tracking.shown(results)
     assert "| deltanet | 100/100 (98.2/10.1) | 100/100 (0/0) |" in text
+    assert "not run here: LSTM 100/100, 100/100," in text
