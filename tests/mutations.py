@@ -1105,6 +1105,13 @@ MUTATIONS = (
         OF_REASONING,
     ),
     Mutation(
+        "the shuffled answers of the control",
+        f"{EXPERIMENTS}/sequence_experiment.py",
+        "task=shuffled(row.task)",
+        "task=row.task",
+        "experiments/test_sequence_contest.py",
+    ),
+    Mutation(
         "that training leaves functions out",
         f"{EXPERIMENTS}/function_tasks.py",
         "drawing(names, False)",

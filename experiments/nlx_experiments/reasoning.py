@@ -72,6 +72,7 @@ class Tiny(Reasoning):
 
     runs: pathlib.Path = pathlib.Path("runs/reasoning-tiny")
     place: pathlib.Path = pathlib.Path("runs/reasoning-tiny")
+    tiny = True
 
 
 def main(options: Reasoning) -> dict[str, Any]:
@@ -162,7 +163,8 @@ def facts(supporting: int, plan: Plan, base: Mapping[str, Any], parameters: int)
         "any place": even,
         "where somebody went last": lambda batch: told_last(batch, task.classes),
     }
-    return Row(task, plan, models, {n: {b: f for b in plan.bins} for n, f in lines.items()})
+    by_bin = {n: {b: f for b in plan.bins} for n, f in lines.items()}
+    return Row(task, plan, models, by_bin, models["deltanet"][""])
 
 
 def functions(
@@ -190,7 +192,7 @@ def functions(
         "Bayes, classes trained on": dict.fromkeys(bins, bayes(*TRAINED)),
         "Bayes, the class itself": {b: bayes(b) for b in bins if b in function_tasks.CLASSES},
     }
-    return Row(task, plan, models, lines)
+    return Row(task, plan, models, lines, models["deltanet"][""])
 
 
 def told_last(batch: Batch, places: int) -> Float[np.ndarray, " 1"]:
@@ -217,8 +219,8 @@ def tiny() -> dict[str, Row]:
     nested = levels("transformer", alone, (0.1,))
     some = {m: nested[m] for m in ("transformer, 1 level", "transformer, 3 levels")}
     return {
-        "2 facts": two._replace(models={"transformer": two.models["transformer"]}),
-        "functions": told._replace(models=some),
+        "2 facts": two._replace(models={"transformer": two.models["transformer"]}, control=None),
+        "functions": told._replace(models=some, control=None),
     }
 
 
@@ -242,7 +244,8 @@ def shown(results: Mapping[str, Any]) -> str:
             "After so many examples:",
             "![share right against examples seen](results/reasoning-curves.png)",
         ]
-    return "\n\n".join([*parts, "The whole grid:", experiment.grid(results, "tokens").markdown()])
+    parts += [*experiment.control(results), "The whole grid:"]
+    return "\n\n".join([*parts, experiment.grid(results, "tokens").markdown()])
 
 
 def verdicts(task: Mapping[str, Any]) -> list[str]:

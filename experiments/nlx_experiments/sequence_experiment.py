@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Models x sequence tasks: runs what is not known yet, and makes table, picture and numbers."""
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -9,8 +10,8 @@ import statistics
 import sys
 import time
 import types
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import matplotlib.pyplot as plt
@@ -27,9 +28,10 @@ from nlx_experiments.errors import Refused
 from nlx_experiments.sequence_contest import Plan
 from nlx_experiments.sequence_learner import Scores
 from nlx_experiments.sequence_levels import InContext
-from nlx_experiments.sequence_tasks import Batch, Task
+from nlx_experiments.sequence_tasks import Batch, Task, shuffled
 
 SILENCE = 60.0  # seconds without a line, where there is no terminal
+CONTROL, CONTROL_STEPS = "control", 200
 PLACE = pathlib.Path(__file__).parents[1]
 
 
@@ -41,12 +43,14 @@ class Row(NamedTuple):
 
     lines: rivals that need no training: name -> bin -> function of the test rows, the share right,
     one number or one for each scored place.
+    control: a model that is trained on the task with its answers shuffled too; see `controlled`.
     """
 
     task: Task
     plan: Plan
     models: Mapping[str, Mapping[str, nn.ModelConfig | InContext]]
     lines: Mapping[str, Mapping[str, Line]] = types.MappingProxyType({})
+    control: nn.ModelConfig | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,6 +65,8 @@ class Options:
     """Models to run; all by default."""
     place: pathlib.Path = PLACE
     """Where README.md and results/ are."""
+    tiny: ClassVar[bool] = False
+    """Whether compiling takes longer than running: then little is optimised."""
 
 
 def run(
@@ -91,7 +97,7 @@ def run(
         raise Refused(
             f"`place` is {options.place}, which holds no README.md to write the table to."
         )
-    with runs.Run(options.runs) as folder, StopRequest() as stop:
+    with runs.Run(options.runs) as folder, StopRequest() as stop, compiled_hastily(options.tiny):
         runs.note_environment(folder, say)
         if jax.config.jax_compilation_cache_dir is None:
             cache = str(options.runs.absolute() / "compiled")
@@ -102,9 +108,31 @@ def run(
             for model in (m for m in row.models if not options.models or m in options.models):
                 for variant, config in row.models[model].items():
                     _cell(store, (task_name, model, variant), row, config, stop)
+            if row.control is not None and not options.models:
+                _cell(store, (task_name, CONTROL, ""), controlled(row), row.control, stop)
         results = gather(store, rows)
     write(options, name, results, shown, measure)
     return results
+
+
+@contextlib.contextmanager
+def compiled_hastily(wanted: bool) -> Iterator[None]:
+    """With `wanted`, what is compiled meanwhile is hardly optimised."""
+    flag = "jax_disable_most_optimizations"
+    before = jax.config.values[flag]
+    jax.config.update(flag, wanted or before)
+    try:
+        yield
+    finally:
+        jax.config.update(flag, before)
+
+
+def controlled(row: Row) -> Row:
+    """The control: answers that belong to other rows, few steps, one rate."""
+    plan = row.plan
+    steps = min(plan.steps, CONTROL_STEPS)
+    plan = dataclasses.replace(plan, steps=steps, rates=plan.rates[-1:], by_loss=False)
+    return row._replace(task=shuffled(row.task), plan=plan)
 
 
 def _cell(
@@ -173,7 +201,7 @@ def identity(where: tuple[str, str, str], row: Row, config: nn.ModelConfig | InC
 def gather(store: Store, rows: Mapping[str, Row]) -> dict[str, Any]:
     """All finished cells: task -> {"plan", "chance", "models": model -> variant -> record}.
 
-    Where a task has lines also "lines": name -> bin -> shares right.
+    Where a task has lines also "lines": name -> bin -> shares right; "control": the record of it.
     """
     results: dict[str, Any] = {}
     for task_name, row in rows.items():
@@ -192,6 +220,10 @@ def gather(store: Store, rows: Mapping[str, Row]) -> dict[str, Any]:
             results[task_name] = {"plan": plan, "chance": some["chance"], "models": models}
         if models and row.lines:
             results[task_name]["lines"] = lines(row)
+        if models and row.control is not None:
+            what = identity((task_name, CONTROL, ""), controlled(row), row.control)
+            if what in store.known:
+                results[task_name]["control"] = store.known[what]
     return results
 
 
@@ -281,6 +313,23 @@ def grid(results: Mapping[str, Any], measure: str = "rows") -> report.Table:
                         (name, model, variant, rate, f"{mark}{shares}{mark}", record["steps"])
                     )
     return report.Table("", ["task", "model", "variant", "rate", "right", "steps"], lines)
+
+
+def control(results: Mapping[str, Any]) -> list[str]:
+    """What was learned from shuffled answers, as a paragraph; nothing where no control ran."""
+    told = []
+    for name, task in results.items():
+        if "control" not in task:
+            continue
+        record, last = task["control"], list(task["plan"]["bins"])[-1]
+        found = record["rates"][record["rate"]][last]["tokens"]
+        told.append(f"{name} {interval(found)} ({100 * record['chance'][last]:.1f})")
+    if not told:
+        return []
+    return [
+        "Control, trained on answers that belong to other rows: answers right in percent, in "
+        f"brackets the most frequent answer: {'; '.join(told)}."
+    ]
 
 
 def plot(path: pathlib.Path, results: Mapping[str, Any], measure: str) -> None:

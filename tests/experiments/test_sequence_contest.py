@@ -236,6 +236,31 @@ def test_an_experiment_runs_what_is_missing_and_shows_the_best_variant(rows, tmp
     assert "| plus one | two | narrow | 0.03 | 100 / 85 (70 to 100) |" in grid
 
 
+def test_the_control_is_trained_on_answers_of_other_rows(record, tmp_path, monkeypatch):
+    """One rate, few steps, shuffled answers; told beside the most frequent answer's share."""
+    seen = []
+
+    def measure(name, task, config, plan, stop, watch):
+        seen.append((name, task.name, plan.rates, plan.steps))
+        return record
+
+    monkeypatch.setattr(sequence_experiment.contest, "measure", measure)
+    row = Row(EASY, dataclasses.replace(PLAN, steps=900), {"one": {"": CONFIG}}, control=CONFIG)
+    options = Options(runs=tmp_path / "runs", place=tmp_path / "out")
+    results = sequence_experiment.run(options, "trial", {"plus one": row}, table)
+    assert seen == [
+        ("plus one, one", "plus one", PLAN.rates, 900),
+        ("plus one, control", "plus one, shuffled", PLAN.rates[-1:], 200),
+    ]
+    (text,) = sequence_experiment.control(results)
+    assert text.endswith(f"plus one 100 ({100 * record['chance']['long']:.1f}).")
+    assert sequence_experiment.control({"plus one": {"plan": {"bins": {}}}}) == []
+    options = dataclasses.replace(options, runs=tmp_path / "other", models=("one",))
+    results = sequence_experiment.run(options, "trial", {"plus one": row}, table)
+    assert len(seen) == 3
+    assert "control" not in results["plus one"]
+
+
 def test_unknown_tasks_and_models_are_one_sentence(rows, tmp_path):
     made, _ = rows
     options = Options(runs=tmp_path, place=tmp_path, only=("plus two",))
@@ -276,8 +301,7 @@ def test_the_same_models_compete_everywhere_with_as_many_parameters():
 
 
 def test_states_are_equal_where_they_are_said_to_be():
-    for name in ("in-context recall", "16 pairs, 16 KiB", "16 pairs, 64 KiB"):
-        row = recall.full()[name]
+    for name, row in recall.full().items():
         told = 2**10 * int(name.split()[-2]) if "KiB" in name else recall.STATE
         for model, variants in row.models.items():
             for config in variants.values():
