@@ -67,6 +67,7 @@ class Tiny(Ablation):
 
     runs: pathlib.Path = pathlib.Path("runs/ablation-tiny")
     place: pathlib.Path = pathlib.Path("runs/ablation-tiny")
+    tiny = True
 
 
 def main(options: Ablation) -> dict[str, Any]:
@@ -77,7 +78,12 @@ def main(options: Ablation) -> dict[str, Any]:
     tasks = {"text": text, "parity": formal_languages.LANGUAGES["parity"]}
     plans = tiny_plans() if isinstance(options, Tiny) else full_plans()
     rows = {
-        name: Row(task, plans[name], {row: {"": config} for row, config in made.items()})
+        name: Row(
+            task,
+            plans[name],
+            {row: {"": config} for row, config in made.items()},
+            control=made.get("w/o CMS"),
+        )
         for name, task in tasks.items()
         for made in [variants(task.vocabulary, isinstance(options, Tiny))]
     }
@@ -86,7 +92,7 @@ def main(options: Ablation) -> dict[str, Any]:
 
 def variants(vocabulary: int, tiny: bool) -> dict[str, nn.ModelConfig]:
     """The rows of the table, all with as many parameters."""
-    sizes: dict[str, Any] = dict(width=64, heads=2, layers=2, memory_hidden=16)
+    sizes: dict[str, Any] = dict(width=64, heads=2, layers=1, memory_hidden=16)
     if tiny:
         sizes = dict(width=16, heads=1, layers=1, memory_hidden=4)
     whole = nn.ModelConfig(
@@ -110,8 +116,9 @@ def full_plans() -> dict[str, Plan]:
         bins={"held out": (64, 64)},
         shortest=64,
         stages=((0, 64),),
-        steps=800,
-        rates=(3e-3, 6e-3),
+        steps=600,
+        rates=(5e-3,),
+        seeds=4,
         decay=True,
         by_loss=True,
         rows=16,
@@ -122,7 +129,8 @@ def full_plans() -> dict[str, Plan]:
         shortest=2,
         stages=((0, 16), (150, 32)),
         steps=600,
-        rates=(3e-3, 6e-3),
+        rates=(5e-3,),
+        seeds=4,
         noise=0.2,
         decay=True,
         round_to=32,
@@ -175,7 +183,8 @@ def shown(results: Mapping[str, Any]) -> str:
     columns = ("", "bits per byte", "worse by", "paper: perplexity", "same sign?")
     columns += (f"parity, rows of {' / '.join(bins)}", "paper: accuracy")
     table = experiment.report.Table("", columns, lines).markdown()
-    return "\n\n".join([table, "The whole grid:", experiment.grid(results).markdown()])
+    parts = [table, *experiment.control(results), "The whole grid:"]
+    return "\n\n".join([*parts, experiment.grid(results).markdown()])
 
 
 def difference(row: list[float], whole: list[float]) -> tuple[float, float]:
