@@ -111,18 +111,20 @@ def variants(vocabulary: int, tiny: bool) -> dict[str, nn.ModelConfig]:
 
 
 def full_plans() -> dict[str, Plan]:
-    """Text in windows of 64 bytes; parity as in state tracking."""
+    """Text in windows of 256 bytes; parity as in state tracking."""
     text = Plan(
-        bins={"held out": (64, 64)},
-        shortest=64,
-        stages=((0, 64),),
+        bins={"held out": (256, 256)},
+        shortest=256,
+        stages=((0, 256),),
         steps=600,
         rates=(5e-3,),
         seeds=4,
         decay=True,
         by_loss=True,
-        rows=16,
-        tested=1024,
+        rows=8,
+        validated=128,
+        tested=256,
+        round_to=256,
     )
     parity = Plan(
         bins={"2 to 32": (2, 32), "33 to 64": (33, 64)},

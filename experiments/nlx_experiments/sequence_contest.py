@@ -79,7 +79,8 @@ def measure(
     Returns:
       "rates": rate -> bin -> {"rows", "tokens", "loss"}: `Scores` on the test rows, by seed, where
       the task has a curve also "curve", the share right at each scored place, mean of the seeds;
-      and "validation", the mean over seeds that rates are compared by; "rate": the best one;
+      and "validations" by seed, and "validation", their mean, which rates are compared by; "rate":
+      the best one;
       "steps" taken; "seconds"; "parameters"; "chance": bin -> share of the most frequent answer.
 
     Raises Stopped where a signal came: a cell is whole or not there.
@@ -127,6 +128,7 @@ def measure(
     by_rate = {
         f"{rate:g}": {
             "validation": float(validation[n]),
+            "validations": [float(v) for v in _by_rate(kept[1], plan)[n]],
             **{
                 b: {
                     **{name: _listed(getattr(s, name), plan)[n] for name in MEASURES},

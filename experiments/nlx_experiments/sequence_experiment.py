@@ -265,6 +265,19 @@ def best(variants: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     return name, variants[name]["rates"][variants[name]["rate"]]
 
 
+def best_training(variants: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """Of all seeds, rates and variants the one that did best on validation rows: bin -> shares."""
+    trainings = [
+        (value, seed, found)
+        for record in variants.values()
+        for found in record["rates"].values()
+        for seed, value in enumerate(found["validations"])
+    ]
+    _, seed, found = max(trainings, key=lambda training: training[0])
+    bins = {b: shares for b, shares in found.items() if isinstance(shares, Mapping)}
+    return {b: {name: s[name][seed] for name in contest.MEASURES} for b, s in bins.items()}
+
+
 def percent(shares: list[float]) -> str:
     """The mean over seeds, 100 only where every seed has every row."""
     mean = 100 * statistics.fmean(shares)

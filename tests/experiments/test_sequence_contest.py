@@ -344,11 +344,12 @@ def test_the_tiny_experiment_runs(name, tmp_path, monkeypatch):
 
 
 def test_the_papers_table_is_beside_ours():
-    found = {b: {"rows": [1.0, 1.0], "tokens": [1.0, 1.0]} for b in ("a", "b")} | {"validation": 2}
+    shares = {"rows": [1.0, 0.5], "tokens": [1.0, 0.9], "loss": [0.0, 0.1]}
+    found = {"a": shares, "b": shares, "validation": 1.5, "validations": [2.0, 1.0]}
     record = {"rates": {"0.01": found}, "rate": "0.01", "steps": 1}
     task = {"plan": {"bins": {"a": (2, 50), "b": (51, 100)}}, "chance": {"a": 0.5, "b": 0.5}}
     names = list(formal_languages.LANGUAGES)
     results = {n: task | {"models": {"deltanet": {"": record}}} for n in names}
     text = state_tracking.shown(results)
-    assert "| deltanet | 100/100 (98.2/10.1) | 100/100 (0/0) |" in text
+    assert "| deltanet | 75/75 [100/100] (98.2/10.1) | 75/75 [100/100] (0/0) |" in text
     assert "not run here: LSTM 100/100, 100/100," in text
