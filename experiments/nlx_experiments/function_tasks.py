@@ -18,6 +18,7 @@ Source: Bhattamishra et al. (2023), Understanding In-Context Learning in Transfo
 Learning to Learn Discrete Functions, section 3 (conjunctions, parities, thresholds, lists).
 """
 
+import functools
 import zlib
 from collections.abc import Callable, Sequence
 
@@ -79,11 +80,17 @@ def inputs(bits: int) -> Float[np.ndarray, "x n"]:
 
 
 def tables(
-    generator: np.random.Generator, name: str, rows: int, bits: int, kept_back: bool | None = None
+    generator: np.random.Generator,
+    name: str,
+    rows: int,
+    bits: int,
+    kept_back: bool | None = None,
+    outside: Sequence[str] = (),
 ) -> Tables:
     """Values at every input of so many functions of a class, none nearly constant.
 
     kept_back: only those that training does (True) or does not (False) leave out; None: any.
+    outside: classes of which none may be a member too; see `members`.
     """
     found = np.zeros((rows, 2**bits), bool)
     left = np.arange(rows)
@@ -93,8 +100,18 @@ def tables(
         wrong = (ones < LEAST) | (ones > 1 - LEAST)
         if kept_back is not None:
             wrong |= never_trained(found[left]) != kept_back
+        if outside:
+            others = members(tuple(outside), bits)
+            wrong |= np.array([row.tobytes() in others for row in np.packbits(found[left], 1)])
         left = left[wrong]
     return found
+
+
+@functools.cache
+def members(names: tuple[str, ...], bits: int) -> frozenset[bytes]:
+    """The functions of some classes, packed: all that 20,000 draws of each show."""
+    drawn = [tables(np.random.default_rng(0), name, 20_000, bits) for name in names]
+    return frozenset(row.tobytes() for row in np.packbits(np.concatenate(drawn), 1))
 
 
 def never_trained(values: Tables) -> Bool[np.ndarray, " b"]:
@@ -107,7 +124,8 @@ def functions(names: Sequence[str], bits: int = 5, held_out: Sequence[str] = ())
     """Rows of functions of some classes, each with the same chance; examined on each class alone.
 
     Rows have one length, at most two symbols for every input. Training leaves out a fifth of all
-    functions, and of the classes trained on those alone are examined.
+    functions, and those alone are examined; of the classes held out those alone that are in no
+    class trained on either.
 
     names: of `CLASSES`, those trained on. bits: of an input, 4 to 10. held_out: further classes to
     examine.
@@ -116,7 +134,7 @@ def functions(names: Sequence[str], bits: int = 5, held_out: Sequence[str] = ())
     """
     _check(names, held_out, bits)
 
-    def drawing(names: Sequence[str], kept_back: bool | None) -> Draw:
+    def drawing(names: Sequence[str], kept_back: bool | None, outside: Sequence[str] = ()) -> Draw:
         def draw(generator: np.random.Generator, rows: int, shortest: int, longest: int) -> Batch:
             del shortest
             if not 2 <= longest <= 2 * 2**bits:
@@ -126,7 +144,7 @@ def functions(names: Sequence[str], bits: int = 5, held_out: Sequence[str] = ())
                 )
             parts = generator.multinomial(rows, [1 / len(names)] * len(names))
             drawn = zip(names, parts, strict=True)
-            values = [tables(generator, name, count, bits, kept_back) for name, count in drawn]
+            values = [tables(generator, n, count, bits, kept_back, outside) for n, count in drawn]
             f = generator.permutation(np.concatenate(values))
             x = np.argsort(generator.random(f.shape), 1)[:, : longest // 2]
             return rows_of(x, np.take_along_axis(f, x, 1), longest)
@@ -141,7 +159,7 @@ def functions(names: Sequence[str], bits: int = 5, held_out: Sequence[str] = ())
         graded="tokens",
         curve=True,
         examined={name: drawing([name], True) for name in names}
-        | {name: drawing([name], None) for name in held_out},
+        | {name: drawing([name], True, names) for name in held_out},
     )
 
 

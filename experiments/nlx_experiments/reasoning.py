@@ -61,9 +61,11 @@ class Reasoning(Options):
     """Learning rates in the context, of the levels that learn there."""
 
     def __post_init__(self) -> None:
-        """Raises ValueError for no steps."""
+        """Raises ValueError for no steps, and for rates below 0."""
         if self.steps < 1:
             raise ValueError(f"`steps` is {self.steps}; it must be an integer >= 1.")
+        if not all(rate >= 0 for rate in self.inner_rates):
+            raise ValueError(f"`inner_rates` is {self.inner_rates}; all must be >= 0.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -217,7 +219,7 @@ def tiny() -> dict[str, Row]:
     told = functions(plan, base, 2_000, 4, (0.1,))
     alone = config("attention", {**base, "vocabulary": 18}, 2_000, feed_forward="cms")
     nested = levels("transformer", alone, (0.1,))
-    some = {m: nested[m] for m in ("transformer, 1 level", "transformer, 3 levels")}
+    some = {m: nested[m] for m in ("transformer, 1 level", "transformer, 2 levels")}
     return {
         "2 facts": two._replace(models={"transformer": two.models["transformer"]}, control=None),
         "functions": told._replace(models=some, control=None),

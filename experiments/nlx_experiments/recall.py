@@ -12,8 +12,9 @@ expects    meant, and not shown yet: Hope in the mean at least level with Titans
 
 A model's state is what one row carries from a chunk to the next, convolutions included. Linear
 memories have one head and the width that comes nearest to the bytes; Titans and Hope have a width
-of 32 and the hidden units that do; then `hidden` of the feed-forward makes parameters equal.
-Attention keeps every token: its state grows, so it is shown as what is possible.
+of 32 and the hidden units that do; then `hidden` of the feed-forward makes parameters equal, a
+decoder's among them. Chunks have 16 tokens of the 64 of a row. Attention keeps every token: its
+state grows, so it is shown as what is possible.
 """
 
 import dataclasses
@@ -39,9 +40,10 @@ PAPER: Mapping[str, tuple[float, ...]] = {
     "hope": (51.2, 100, 52.1, 99.7, 85.2),
 }
 MAD = ("compression", "in-context recall", "fuzzy recall", "selective copying", "memorization")
-LENGTH = 64
+LENGTH, CHUNK = 64, 16
 STATE = 16 * 2**10
-PARAMETERS = 30_000
+PARAMETERS = 50_000
+LEVEL = 5e-3  # shares this near are level
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -83,9 +85,12 @@ def state_bytes(config: nn.ModelConfig, tokens: int = LENGTH) -> int:
 
 
 def contestants(
-    vocabulary: int, state: int, parameters: int, chunk: int = LENGTH
+    vocabulary: int, state: int, parameters: int, chunk: int = CHUNK, decoded: int = 0
 ) -> dict[str, dict[str, nn.ModelConfig]]:
-    """Models whose states come nearest to `state` bytes, with `parameters` parameters."""
+    """Models whose states come nearest to `state` bytes, with `parameters` parameters.
+
+    decoded: places that a decoder answers, which has parameters too.
+    """
 
     def config(mixer: Any, **fields: Any) -> nn.ModelConfig:
         kind = "cms" if mixer == "self_modifying" else "swiglu"
@@ -94,7 +99,7 @@ def contestants(
         return nn.ModelConfig(mixer=mixer, feed_forward=kind, **rest, **{**given, **fields})
 
     def whole(made: nn.ModelConfig) -> nn.ModelConfig:
-        return equal(dataclasses.replace(made, vocabulary=vocabulary), parameters)
+        return equal(dataclasses.replace(made, vocabulary=vocabulary), parameters, decoded)
 
     def wide(mixer: Any, **fields: Any) -> nn.ModelConfig:
         """The width that comes nearest."""
@@ -122,7 +127,7 @@ def contestants(
             "rates to 2": wide("deltanet", negative_eigenvalues=True),
         },
         "gated deltanet": {"": wide("gated_deltanet")},
-        "ttt": {f"linear, C = {n}": wide("ttt_linear", chunk_size=n) for n in (16, chunk)},
+        "ttt": {f"linear, C = {n}": wide("ttt_linear", chunk_size=n) for n in (chunk, 4 * chunk)},
         "transformer": {"rotary": whole(config("attention", heads=2))},
     }
 
@@ -156,8 +161,8 @@ def full() -> dict[str, Row]:
 
 def row(task: Task, plan: Plan, state: int, parameters: int) -> Row:
     """A task for models of its own vocabulary."""
-    chunk = plan.stages[-1][1]
-    models = contestants(task.vocabulary, state, parameters, chunk)
+    decoded = plan.stages[-1][1] if task.compressed else 0
+    models = contestants(task.vocabulary, state, parameters, decoded=decoded)
     return Row(task, plan, models, control=models["deltanet"]["rates to 1"])
 
 
@@ -165,18 +170,23 @@ def tiny() -> dict[str, Row]:
     """Rows of 8, states of 2 KiB."""
     plan = Plan(
         bins={"fresh": (8, 8)}, shortest=8, stages=((0, 8),), steps=2, every=1, seeds=1, rows=4,
-        rates=(1e-2,), validated=4, tested=8, round_to=8,
+        rates=(1e-2,), validated=8, tested=8, round_to=8,
     )  # fmt: skip
-    few = lambda task: Row(
+    few = lambda task, *models: Row(
         task,
         plan,
         {
             name: dict(list(variants.items())[:1])
-            for name, variants in contestants(task.vocabulary, 2**11, 9_000, 8).items()
-            if name in ("hope", "deltanet")
+            for name, variants in contestants(
+                task.vocabulary, 2**11, 12_000, 4, 8 if task.compressed else 0
+            ).items()
+            if name in models
         },
     )
-    return {"compression": few(tasks.compression()), "2 pairs": few(tasks.multi_query(2, 8, 8))}
+    return {
+        "compression": few(tasks.compression(), "hope"),
+        "2 pairs": few(tasks.multi_query(2, 8, 8), "hope", "deltanet"),
+    }
 
 
 def shown(results: Mapping[str, Any]) -> str:
@@ -202,7 +212,7 @@ def shown(results: Mapping[str, Any]) -> str:
 
 
 def verdicts(results: Mapping[str, Any]) -> list[str]:
-    """Hope against each rival: the mean over cells, and in how many it is at least level."""
+    """Hope against each rival: the mean over cells, and in how many it is ahead, level, behind."""
     means = {
         task: {
             model: sum(shares := experiment.best(v)[1]["fresh"]["tokens"]) / len(shares)
@@ -215,10 +225,12 @@ def verdicts(results: Mapping[str, Any]) -> list[str]:
         both = [(m["hope"], m[rival]) for m in means.values() if "hope" in m and rival in m]
         if not both:
             continue
-        level = sum(hope >= other - 5e-3 for hope, other in both)
+        ahead = sum(hope > other + LEVEL for hope, other in both)
+        behind = sum(hope < other - LEVEL for hope, other in both)
         ours, theirs = (100 * sum(side) / len(both) for side in zip(*both, strict=True))
         lines.append(
-            f"Hope against {rival}: {ours:.1f} to {theirs:.1f} in the mean; at least level (within "
-            f"half a point) in {level} of {len(both)} cells."
+            f"Hope against {rival}: {ours:.1f} to {theirs:.1f} in the mean; ahead in {ahead} "
+            f"cells, level (within half a point) in {len(both) - ahead - behind}, behind in "
+            f"{behind}."
         )
     return lines

@@ -32,7 +32,7 @@ def recall(symbols: int = 16) -> Task:
         answers = np.take_along_axis(values, keys, 1)
         return _pairs(keys, answers, before, longest)
 
-    return Task("in-context recall", symbols, symbols, draw)
+    return Task("in-context recall", symbols, symbols, draw, graded="tokens")
 
 
 def _pairs(
@@ -80,7 +80,7 @@ def fuzzy_recall(symbols: int = 16, known: int = 8, most: int = 3) -> Task:
         tokens, answers, scored = np.stack([row(generator, longest) for _ in range(rows)], 1)
         return Batch(tokens, answers * scored, scored.astype(np.float32))
 
-    return Task("fuzzy recall", symbols, symbols, draw)
+    return Task("fuzzy recall", symbols, symbols, draw, graded="tokens")
 
 
 def selective_copying(symbols: int = 16, copied: int = 8) -> Task:
@@ -100,7 +100,7 @@ def selective_copying(symbols: int = 16, copied: int = 8) -> Task:
         answers[:, room:], scored[:, room:] = content, 1
         return Batch(tokens, answers, scored)
 
-    return Task("selective copying", symbols, symbols, draw)
+    return Task("selective copying", symbols, symbols, draw, graded="tokens")
 
 
 def memorization(keys: int = 48, values: int = 16, seed: int = 0) -> Task:
@@ -119,7 +119,7 @@ def memorization(keys: int = 48, values: int = 16, seed: int = 0) -> Task:
         answers[:, ends], scored[:, ends] = table[asked - 1], 1
         return Batch(tokens, answers, scored)
 
-    return Task("memorization", keys + 1, values, draw)
+    return Task("memorization", keys + 1, values, draw, graded="tokens")
 
 
 def compression(symbols: int = 16) -> Task:
@@ -135,13 +135,13 @@ def compression(symbols: int = 16) -> Task:
         tokens[:, -1], scored[:, -1] = symbols, 0
         return Batch(tokens, tokens * (scored > 0), scored)
 
-    return Task("compression", symbols + 1, symbols, draw, compressed=True)
+    return Task("compression", symbols + 1, symbols, draw, compressed=True, graded="tokens")
 
 
 def multi_query(pairs: int, keys: int = 64, values: int = 64) -> Task:
-    """Multi-query associative recall: `pairs` pairs, then every key once more, among noise.
+    """Multi-query associative recall: `pairs` pairs, then every key once more, among other values.
 
-    How far behind its pair a key is asked follows a power law: most are near.
+    How far behind the last pair a key is asked follows a power law: most are near.
 
     Source: Arora et al. (2023), Zoology, appendix C (exponent 0.1).
     """
@@ -150,7 +150,7 @@ def multi_query(pairs: int, keys: int = 64, values: int = 64) -> Task:
         room = longest - 2 * pairs
         known = _distinct(generator, rows, keys, pairs)
         told = generator.integers(0, values, (rows, pairs))
-        tokens = keys + values + generator.integers(0, 1, (rows, longest))
+        tokens = keys + generator.integers(0, values, (rows, longest))
         tokens[:, 0 : 2 * pairs : 2], tokens[:, 1 : 2 * pairs : 2] = known, keys + told
         likely = np.arange(1, room + 1) ** (0.1 - 1)
         draws = np.log(likely) + generator.gumbel(size=(rows, room))  # without replacement
@@ -162,4 +162,4 @@ def multi_query(pairs: int, keys: int = 64, values: int = 64) -> Task:
         np.put_along_axis(scored, places, np.ones_like(scored[:, :pairs]), 1)
         return Batch(tokens, answers, scored)
 
-    return Task(f"{pairs} pairs", keys + values + 1, keys + values, draw)
+    return Task(f"{pairs} pairs", keys + values, keys + values, draw, graded="tokens")

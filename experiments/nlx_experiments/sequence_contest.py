@@ -8,6 +8,7 @@ rows too; what is reported is measured on rows that were drawn for nothing else.
 """
 
 import dataclasses
+import hashlib
 import itertools
 import time
 from collections.abc import Callable, Mapping
@@ -27,6 +28,7 @@ from nlx_experiments.sequence_tasks import Batch, Task, chance, padded
 
 MEASURES = ("rows", "tokens", "loss")
 TRAINED, VALIDATED, TESTED = 0, 1, 2  # streams of rows
+PROTOCOL = 2  # counts changes of what is measured here: cells of another one are not used
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,7 +41,7 @@ class Plan:
     shortest: int
     """Of the rows trained on."""
     stages: tuple[tuple[int, int], ...]
-    """(step from which it holds, longest rows trained on)."""
+    """(step from which it holds, a multiple of `every`, longest rows trained on)."""
     steps: int
     """At most."""
     rates: tuple[float, ...] = (3e-3, 1e-2)
@@ -62,6 +64,19 @@ class Plan:
     """Whether weights and rates are chosen by the loss, not by the rows that are right."""
     round_to: int = 64
     """Rows are filled up to multiples of it, so that little is compiled."""
+    chosen: Mapping[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
+    """Bin -> shortest and longest of its validation rows, where not those of the examination."""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError, a sentence that names the field."""
+        since = [step for step, _ in self.stages]
+        if since[:1] != [0] or any(step % self.every for step in since):
+            raise ValueError(
+                f"`stages` is {self.stages}; the first must hold from step 0, and all from "
+                f"multiples of `every`, {self.every}."
+            )
+        if unknown := self.chosen.keys() - self.bins.keys():
+            raise ValueError(f"`chosen` holds {unknown}; it must hold bins of {[*self.bins]}.")
 
 
 def measure(
@@ -115,7 +130,7 @@ def measure(
         watch(step, scores)
         value = _value(list(scores.values()), task, plan)
         kept = sequence_learner.better((state.params, value), kept)
-        perfect = np.where(value > 2, perfect + 1, 0)
+        perfect = np.where(_right(list(scores.values()), task, plan), perfect + 1, 0)
         if stop is not None and stop.received is not None:
             raise Stopped(
                 f"{stop.received.name}: {name} was not finished and begins anew; all before it is "
@@ -149,13 +164,23 @@ def measure(
     }
 
 
-def equal(config: nn.ModelConfig, parameters: int) -> nn.ModelConfig:
-    """The configuration with the `hidden` that brings its parameters nearest to a number."""
-    least, more = (
-        sequence_learner.count(dataclasses.replace(config, hidden=hidden)) for hidden in (1, 2)
-    )
-    hidden = 1 + round((parameters - least) / (more - least))
-    return dataclasses.replace(config, hidden=max(1, hidden))
+def equal(config: nn.ModelConfig, parameters: int, decoded: int = 0) -> nn.ModelConfig:
+    """The configuration with the `hidden` that brings its parameters nearest to a number.
+
+    decoded: see `sequence_learner.SequenceModel`.
+
+    Raises ValueError where none comes within 1 %, or by half of what one unit more would take.
+    """
+    sized = lambda hidden: dataclasses.replace(config, hidden=hidden)
+    least, more = (sequence_learner.count(sized(hidden), decoded) for hidden in (1, 2))
+    made = sized(max(1, 1 + round((parameters - least) / (more - least))))
+    found = sequence_learner.count(made, decoded)
+    if abs(found - parameters) > max(0.01 * parameters, (more - least) / 2):
+        raise ValueError(
+            f"`parameters` is {parameters}; it must be at least {least} for {config.mixer} of "
+            f"width {config.width}."
+        )
+    return made
 
 
 def rows(task: Task, plan: Plan, stream: int, name: str) -> Batch:
@@ -167,17 +192,38 @@ def rows(task: Task, plan: Plan, stream: int, name: str) -> Batch:
     count = plan.validated if stream == VALIDATED else plan.tested
     usual = (task.validation if stream == VALIDATED else task.test) or task.draw
     draw = task.examined.get(name, usual)
-    return _filled(draw(generator, count, *plan.bins[name]), plan)
+    lengths = plan.bins[name]
+    if stream == VALIDATED:
+        lengths = plan.chosen.get(name, lengths)
+    return _filled(draw(generator, count, *lengths), plan)
+
+
+def digest(task: Task, plan: Plan) -> str:
+    """A hash of a few rows that are trained on, validated and tested: another task has others."""
+    few = dataclasses.replace(plan, validated=4, tested=4)
+    stream = np.random.default_rng(0)
+    drawn = [task.draw(stream, 4, plan.shortest, plan.stages[-1][1])]
+    drawn += [rows(task, few, s, b) for s in (VALIDATED, TESTED) for b in plan.bins]
+    parts = (np.asarray(x).tobytes() for b in drawn for x in (b.tokens, b.answers, b.scored))
+    return hashlib.sha256(b"".join(parts)).hexdigest()[:12]
 
 
 def _value(found: list[Scores], task: Task, plan: Plan) -> np.ndarray:
-    """What a training is worth; above 2 where all that is graded is right, more by a lower loss."""
+    """What a training is worth: all that is graded, then the last bin; losses break ties.
+
+    What has no finite loss is worth nothing.
+    """
     loss = np.mean([s.loss for s in found], 0)
-    if plan.by_loss:
-        return -loss
     graded = [getattr(s, task.graded) for s in found]
     close = 1e-3 * np.mean([s.tokens for s in found], 0) - 1e-4 * np.minimum(loss, 1)
-    return np.mean(graded, 0) + close + graded[-1]
+    value = -loss if plan.by_loss else np.mean(graded, 0) + close + graded[-1]
+    return np.where(np.isfinite(loss), value, -np.inf)
+
+
+def _right(found: list[Scores], task: Task, plan: Plan) -> np.ndarray:
+    """Of each training whether all that is graded is right; never where losses are compared."""
+    right = np.all([getattr(s, task.graded) == 1 for s in found], 0)
+    return right & (not plan.by_loss)
 
 
 def _filled(batch: Batch, plan: Plan) -> Batch:

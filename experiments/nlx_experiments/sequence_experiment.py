@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import json
 import pathlib
 import statistics
 import sys
@@ -110,7 +111,8 @@ def run(
                     _cell(store, (task_name, model, variant), row, config, stop)
             if row.control is not None and not options.models:
                 _cell(store, (task_name, CONTROL, ""), controlled(row), row.control, stop)
-        results = gather(store, rows)
+        known = published(options.place / "results" / f"{name}.json") | store.known
+        results = gather(known, rows)
     write(options, name, results, shown, measure)
     return results
 
@@ -192,13 +194,22 @@ class Watch:
 
 
 def identity(where: tuple[str, str, str], row: Row, config: nn.ModelConfig | InContext) -> str:
-    """What decides a cell, besides the code."""
-    fields = f"{dataclasses.asdict(config)} {dataclasses.asdict(row.plan)}"
+    """What decides a cell, besides the code of the models: the protocol, the task's rows, sizes."""
+    fields = f"{dataclasses.asdict(config)} {dataclasses.asdict(row.plan)} {contest.PROTOCOL} "
+    fields += contest.digest(row.task, row.plan)
     digest = hashlib.sha256(fields.encode()).hexdigest()[:12]
     return f"{'; '.join(where)}; {digest}"
 
 
-def gather(store: Store, rows: Mapping[str, Row]) -> dict[str, Any]:
+def published(path: pathlib.Path) -> dict[str, Any]:
+    """The cells of a results file, by what they are: tables keep them where a run has no newer."""
+    tasks = json.loads(path.read_text())["tasks"].values() if path.exists() else ()
+    records = [r for task in tasks for model in task["models"].values() for r in model.values()]
+    records += [task["control"] for task in tasks if "control" in task]
+    return {r["what"]: r for r in records if "what" in r}
+
+
+def gather(known: Mapping[str, Any], rows: Mapping[str, Row]) -> dict[str, Any]:
     """All finished cells: task -> {"plan", "chance", "models": model -> variant -> record}.
 
     Where a task has lines also "lines": name -> bin -> shares right; "control": the record of it.
@@ -208,9 +219,9 @@ def gather(store: Store, rows: Mapping[str, Row]) -> dict[str, Any]:
         models: dict[str, Any] = {}
         for model, variants in row.models.items():
             found = {
-                variant: {k: v for k, v in store.known[what].items() if k != "what"}
+                variant: known[what]
                 for variant, config in variants.items()
-                if (what := identity((task_name, model, variant), row, config)) in store.known
+                if (what := identity((task_name, model, variant), row, config)) in known
             }
             if found:
                 models[model] = found
@@ -222,8 +233,8 @@ def gather(store: Store, rows: Mapping[str, Row]) -> dict[str, Any]:
             results[task_name]["lines"] = lines(row)
         if models and row.control is not None:
             what = identity((task_name, CONTROL, ""), controlled(row), row.control)
-            if what in store.known:
-                results[task_name]["control"] = store.known[what]
+            if what in known:
+                results[task_name]["control"] = known[what]
     return results
 
 
@@ -330,18 +341,26 @@ def grid(results: Mapping[str, Any], measure: str = "rows") -> report.Table:
 
 def control(results: Mapping[str, Any]) -> list[str]:
     """What was learned from shuffled answers, as a paragraph; nothing where no control ran."""
-    told = []
+    told, above = [], []
     for name, task in results.items():
         if "control" not in task:
             continue
-        record, last = task["control"], list(task["plan"]["bins"])[-1]
-        found = record["rates"][record["rate"]][last]["tokens"]
-        told.append(f"{name} {interval(found)} ({100 * record['chance'][last]:.1f})")
+        record, bins = task["control"], task["plan"]["bins"]
+        found, chance = record["rates"][record["rate"]], record["chance"]
+        shares = "/".join(f"{100 * statistics.fmean(found[b]['tokens']):.1f}" for b in bins)
+        likely = "/".join(f"{100 * chance[b]:.1f}" for b in bins)
+        told.append(f"{name} {shares} ({likely})")
+        error = {b: (chance[b] * (1 - chance[b]) / task["plan"]["tested"]) ** 0.5 for b in bins}
+        if any(max(found[b]["tokens"]) > chance[b] + 3 * error[b] for b in bins):
+            above.append(name)
     if not told:
         return []
+    missing = [name for name, task in results.items() if "control" not in task]
     return [
         "Control, trained on answers that belong to other rows: answers right in percent, in "
-        f"brackets the most frequent answer: {'; '.join(told)}."
+        f"brackets the most frequent answer: {'; '.join(told)}. More than three standard errors "
+        f"of as many rows above it: {', '.join(above) or 'none'}."
+        + (f" Not run for {', '.join(missing)}." if missing else "")
     ]
 
 

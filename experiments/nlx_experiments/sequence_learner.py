@@ -109,7 +109,7 @@ def make(
     """
     build = lambda rngs: SequenceModel(config, decoded, rngs=rngs)
     answer = lambda model, tokens, key: model(tokens, key, noise)
-    return learners(build, answer, steps=steps, decay=decay, parameters=count(config))
+    return learners(build, answer, steps=steps, decay=decay, parameters=count(config, decoded))
 
 
 def learners(
@@ -185,9 +185,9 @@ def cross_entropy(
 
 
 @functools.cache
-def count(config: nn.ModelConfig) -> int:
-    """How many numbers a model of this configuration learns."""
-    make = lambda: nn.LanguageModel(config, rngs=nnx.Rngs(0))
+def count(config: nn.ModelConfig, decoded: int = 0) -> int:
+    """How many numbers a model of this configuration learns, its decoder's among them."""
+    make = lambda: SequenceModel(config, decoded, rngs=nnx.Rngs(0))
     return nn.parameter_count(nnx.eval_shape(make))
 
 

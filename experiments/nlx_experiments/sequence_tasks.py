@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from nlx_experiments.data import Bytes
+from nlx_experiments.errors import Refused
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,12 +85,21 @@ def shuffled(task: Task) -> Task:
 
 
 def windows(train: Bytes, validation: Bytes, test: Bytes) -> Task:
-    """Text: windows of bytes, the answer to each byte the next one; every one is scored."""
+    """Text: windows of bytes, the answer to each byte the next one; every one is scored.
+
+    Draws raise Refused where a part is shorter than a window.
+    """
 
     def draw(source: Bytes) -> Draw:
         def windows(
             generator: np.random.Generator, rows: int, shortest: int, longest: int
         ) -> Batch:
+            if source.size <= longest:
+                raise Refused(
+                    f"`--data` leaves {source.size} bytes to one part of the text; there must be "
+                    f"more than {longest}, a window's, in what is trained on and twice that in "
+                    "what is held out."
+                )
             starts = generator.integers(0, source.size - longest, rows)
             text = source[starts[:, None] + np.arange(longest + 1)].astype(int)
             return Batch(text[:, :-1], text[:, 1:], np.ones((rows, longest), np.float32))

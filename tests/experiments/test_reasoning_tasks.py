@@ -173,6 +173,19 @@ def test_examined_functions_of_trained_classes_are_never_trained_on():
     assert len({tuple(t) for t in every} - trained) < 20  # of 48; all others are trained on
 
 
+def test_examined_functions_of_held_out_classes_are_in_no_class_trained_on():
+    task = functions(("linear", "conjunction"), 4, ("network",))
+    trained = {tuple(table) for table in values_of(task.draw, 4000)}
+    examined = [tuple(table) for table in values_of(task.examined["network"], 300)]
+    assert len({*examined}) > 100
+    assert not trained & {*examined}
+    s = function_tasks.inputs(4)  # a few linear ones are too rare for 20,000 draws
+    members = [
+        any(by_hand(n, np.asarray(f), s) for n in ("linear", "conjunction")) for f in examined
+    ]
+    assert np.mean(members) < 0.1
+
+
 def test_rivals_are_what_they_say():
     """Nearest examples by a loop; Bayes knows all of xor after its few functions are told apart."""
     batch = functions(("xor",), 4).draw(np.random.default_rng(2), 40, 32, 32)

@@ -64,30 +64,86 @@ def test_a_task_that_can_be_learned_is_learned_and_ends_early(record):
     assert abs(record["chance"]["long"] - 0.25) < 0.1
 
 
-def test_weights_are_those_of_the_best_validation_and_rows_are_fresh(monkeypatch):
-    """A stub whose weights are the steps taken, best after 10 of 30."""
-    seen = []
-
-    def score(params, batch):
-        right = {0: 0.1, 10: 0.9, 20: 0.3, 30: 0.5}
-        shares = np.asarray([right[int(w)] for w in params])
-        seen.append((np.asarray(params), batch.tokens))
-        return sequence_learner.Scores(shares, shares, -shares, np.zeros((4, 8)))
-
+def stub(monkeypatch, score, models=4):
+    """Learners whose weights are the steps taken: scored by score(weights, batch)."""
     state = lambda w: types.SimpleNamespace(params=w)
     learners = sequence_learner.Learners(
         lambda seeds: state(jnp.zeros(len(seeds))),
         lambda s, rates, keys, batches: (state(s.params + len(batches[0])), None),
-        score,
+        lambda params, batch: score(np.asarray(params), batch),
         7,
     )
     monkeypatch.setattr(sequence_learner, "make", lambda *_, **__: learners)
+
+
+def scores(shares, loss=None):
+    shares = np.asarray(shares, float)
+    return sequence_learner.Scores(shares, shares, 1 - shares if loss is None else loss, shares)
+
+
+def test_weights_are_those_of_the_best_validation_and_rows_are_fresh(monkeypatch):
+    """Best after 10 of 30 steps; and of equally right weights those of the lowest loss."""
+    seen = []
+
+    def score(params, batch):
+        seen.append((params, batch.tokens))
+        return scores([{0: 0.1, 10: 0.9, 20: 0.3, 30: 0.5}[int(w)] for w in params])
+
+    stub(monkeypatch, score)
     plan = dataclasses.replace(PLAN, steps=30)
     record = sequence_contest.measure("stub", EASY, CONFIG, plan)
     assert [w.tolist() for w, _ in seen[-2:]] == [[10] * 4] * 2
     assert record["rates"]["0.03"]["long"]["rows"] == [0.9, 0.9]
+    assert record["rates"]["0.03"]["validations"] == pytest.approx([1.80089] * 2)
     (_, checked), (_, examined) = seen[1], seen[-1]
     assert (checked != examined[: len(checked)]).any()
+
+    losses = {10: 0.3, 20: 0.1, 30: 0.2}
+    lower = lambda w: np.asarray([losses[int(x)] for x in w])
+    stub(monkeypatch, lambda w, batch: seen.append((w, 0)) or scores([0.5] * 4, lower(w)))
+    sequence_contest.measure("stub", EASY, CONFIG, plan)
+    assert [w.tolist() for w, _ in seen[-2:]] == [[20] * 4] * 2
+
+
+def test_a_training_without_a_finite_loss_is_never_the_best(monkeypatch):
+    def score(params, batch):
+        loss = np.where(params == 10, 0.5, np.nan) * [1, 1, 1, np.nan]
+        return scores([0.5, 0.5, 0.9, 0.9], loss)
+
+    stub(monkeypatch, score)
+    record = sequence_contest.measure("stub", EASY, CONFIG, dataclasses.replace(PLAN, steps=20))
+    assert record["rate"] == "1e-06"
+    assert record["rates"]["0.03"]["validations"][1] == -np.inf
+
+
+@pytest.mark.parametrize(
+    ("wrong_until", "steps"), [((10, 20, 90, 90), 50), ((10, 90, 90, 40), 120)]
+)
+def test_a_cell_ends_after_three_validations_with_all_seeds_of_a_rate_right(
+    monkeypatch, wrong_until, steps
+):
+    """Seeds of the first rate are two, of the second two; one wrong row in 16 is not right."""
+    score = lambda w, batch: scores(np.where(w > np.asarray(wrong_until), 1, 15 / 16))
+    stub(monkeypatch, score)
+    record = sequence_contest.measure("stub", EASY, CONFIG, PLAN)
+    assert record["steps"] == steps
+
+
+def test_rows_to_choose_by_may_be_shorter_than_those_reported():
+    plan = dataclasses.replace(PLAN, chosen={"long": (5, 6)}, validated=200)
+    lengths = lambda stream: sequence_contest.rows(EASY, plan, stream, "long").scored.sum(1)
+    assert set(lengths(sequence_contest.VALIDATED)) == {5, 6}
+    assert set(lengths(sequence_contest.TESTED)) == {5, 6, 7, 8}
+    with pytest.raises(ValueError, match="`chosen` holds {'longer'}; it must hold bins"):
+        dataclasses.replace(PLAN, chosen={"longer": (5, 6)})
+
+
+def test_stages_begin_where_a_validation_ends():
+    for stages in ((), ((10, 4),), ((0, 4), (15, 8))):
+        with pytest.raises(
+            ValueError, match="`stages` is .*, and all from multiples of `every`, 10"
+        ):
+            dataclasses.replace(PLAN, stages=stages)
 
 
 def test_nothing_is_learned_from_answers_of_other_rows():
@@ -171,6 +227,11 @@ def test_parameters_are_made_equal(mixer):
     each = sequence_learner.count(dataclasses.replace(made, hidden=made.hidden + 1))
     each -= sequence_learner.count(made)
     assert abs(sequence_learner.count(made) - 4000) <= each / 2
+    decoded = sequence_contest.equal(config, 8000, decoded=3)
+    assert abs(sequence_learner.count(decoded, 3) - 8000) <= each / 2
+    assert sequence_learner.count(decoded, 3) - sequence_learner.count(decoded) == 24 + 128 + 64
+    with pytest.raises(ValueError, match="`parameters` is 9; it must be at least [0-9]+ for "):
+        sequence_contest.equal(config, 9)
 
 
 def test_what_decides_a_cell_is_in_its_name():
@@ -184,7 +245,11 @@ def test_what_decides_a_cell_is_in_its_name():
         sequence_experiment.identity(where, row, dataclasses.replace(CONFIG, hidden=9)),
         sequence_experiment.identity(("plus two", "model", ""), row, CONFIG),
     }
-    assert len(names) == 4
+    for changed in (lambda x: x, lambda x: 3 - x):  # the same task, and one of other answers
+        draw = lambda *a, f=changed: dataclasses.replace(b := plus_one(*a), answers=f(b.answers))
+        task = dataclasses.replace(EASY, draw=draw)
+        names.add(sequence_experiment.identity(where, row._replace(task=task), CONFIG))
+    assert len(names) == 5
 
 
 @pytest.fixture
@@ -234,6 +299,10 @@ def test_an_experiment_runs_what_is_missing_and_shows_the_best_variant(rows, tmp
     grid = sequence_experiment.grid(results).markdown()
     assert "| plus one | two | wide | 0.03 | **100 / 100** |" in grid
     assert "| plus one | two | narrow | 0.03 | 100 / 85 (70 to 100) |" in grid
+    elsewhere = dataclasses.replace(options, runs=tmp_path / "other", models=("one",))
+    kept = sequence_experiment.run(elsewhere, "trial", made, table)
+    assert measured[3:] == ["plus one, one"]
+    assert kept["plus one"]["models"]["two"] == results["plus one"]["models"]["two"]
 
 
 def test_the_control_is_trained_on_answers_of_other_rows(record, tmp_path, monkeypatch):
@@ -253,9 +322,16 @@ def test_the_control_is_trained_on_answers_of_other_rows(record, tmp_path, monke
         ("plus one, control", "plus one, shuffled", PLAN.rates[-1:], 200),
     ]
     (text,) = sequence_experiment.control(results)
-    assert text.endswith(f"plus one 100 ({100 * record['chance']['long']:.1f}).")
+    chance = "/".join(f"{100 * record['chance'][b]:.1f}" for b in ("short", "long"))
+    assert f"plus one 100.0/100.0 ({chance})." in text
+    assert text.endswith("above it: plus one.")
+    found = record["rates"]["0.03"] | {b: {"tokens": [0.3, 0.2]} for b in PLAN.bins}
+    told = record | {"rates": {"0.03": found}}
+    plan = dataclasses.asdict(PLAN)
+    (text,) = sequence_experiment.control({"a": {"plan": plan, "control": told}, "b": {}})
+    assert text.endswith("above it: none. Not run for b.")
     assert sequence_experiment.control({"plus one": {"plan": {"bins": {}}}}) == []
-    options = dataclasses.replace(options, runs=tmp_path / "other", models=("one",))
+    options = Options(runs=tmp_path / "other", place=tmp_path / "elsewhere", models=("one",))
     results = sequence_experiment.run(options, "trial", {"plus one": row}, table)
     assert len(seen) == 3
     assert "control" not in results["plus one"]
@@ -289,8 +365,9 @@ def test_the_same_models_compete_everywhere_with_as_many_parameters():
     """Within 1 % where `hidden` can do it, and the variants of Hope are what they are called."""
     tracking, recalled = state_tracking.full(), recall.full()
     for row in (tracking["parity"], tracking["a^n b^n"], tracking["S5"], recalled["compression"]):
+        decoded = 64 if row.task.compressed else 0
         counts = {
-            (model, variant): sequence_learner.count(config)
+            (model, variant): sequence_learner.count(config, decoded)
             for model, variants in row.models.items()
             for variant, config in variants.items()
         }
@@ -307,6 +384,30 @@ def test_states_are_equal_where_they_are_said_to_be():
             for config in variants.values():
                 if model != "transformer":
                     assert abs(recall.state_bytes(config) / told - 1) < 0.2, (name, model)
+
+
+def test_a_state_is_counted_once_and_without_what_stands_still():
+    """Hope: four streams' convolutions of 3 tokens, then weights of each memory that learns."""
+    size = lambda **fields: recall.state_bytes(
+        nn.ModelConfig(
+            mixer="self_modifying", feed_forward="cms", vocabulary=2, width=8, heads=2, layers=1,
+            hidden=4, memory_hidden=5, cms_periods=(1,), chunk_size=4, projection_chunk_size=4,
+            **fields,
+        )
+    )  # fmt: skip
+    memory = 2 * 2 * 4 * 5  # two heads, two matrices
+    rest = 4 * 3 * 8 + 1  # and where the row stands
+    assert size() == 4 * (rest + 2 * 5 * memory)
+    assert size(momentum=False) == 4 * (rest + 5 * memory)
+    assert size(momentum=False, retain=False) == 4 * (rest + 4 * memory)
+
+
+def test_an_ablation_without_the_whole_shows_what_there_is():
+    found = {"held out": {"rows": [0.0] * 2, "loss": [1.0, 2.0]}, "validation": -1}
+    record = {"rates": {"0.005": found}, "rate": "0.005", "steps": 1}
+    plan = {"bins": {"held out": (4, 4)}}
+    text = ablation.shown({"text": {"plan": plan, "models": {"w/o DGD": {"": record}}}})
+    assert "| w/o DGD | 2.164 |  | 13.41 (+1.17) |  |" in text
 
 
 def test_every_row_of_the_ablation_takes_one_thing_away():
