@@ -184,7 +184,7 @@ def tiny() -> dict[str, Row]:
         },
     )
     return {
-        "compression": few(tasks.compression(), "hope"),
+        "compression": few(tasks.compression(), "deltanet"),
         "2 pairs": few(tasks.multi_query(2, 8, 8), "hope", "deltanet"),
     }
 
