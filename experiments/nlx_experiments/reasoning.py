@@ -10,13 +10,13 @@ shows      the share of answers that are right: of questions on two and three fa
            help there
 takes      about two hours on two quiet cores, most of it Hope with 2 to 4 levels (a quarter of an
            hour each, by extrapolation; half with `--inner-rates 1.0`); DeltaNet with 1 level half a
-           minute, with more four minutes (measured, beside other work); stopped at any moment, the
-           same command goes on
+           minute, with more four minutes (measured, beside other work); a model
+           that is stopped begins anew, finished ones are kept
 expects    of the pilot (README.md says what it ran): DeltaNet with one level 75 % on functions of
-           the classes trained on (Bayes: 79, nearest examples: 72), Hope 73; both 71 on held-out
-           networks and 31, below chance, on held-out xor; further levels of DeltaNet add 2 to 3
-           points on conjunctions and help on no held-out class; DeltaNet 82 % on two facts, 66 in
-           longer stories
+           the classes trained on (Bayes: 79, nearest examples: 72), Hope 73; both 31, below
+           chance, on held-out xor; further levels of DeltaNet add 2 to 3 points on conjunctions and
+           do not help on xor; DeltaNet 82 % on two facts, 66 in longer stories; networks that are
+           in no class trained on have not been examined yet
 
 All models of a task have as many parameters as Hope within 1 %, and two layers for questions. For
 functions one will do, but for the Transformer, which can't otherwise tell whose value a value is.
@@ -25,7 +25,8 @@ of a continuum memory system. With 1 level the mixer's memories alone learn in t
 3 and 4 so do one, two and three of the blocks, every 1, 2 and 4 chunks of 4 symbols, by gradient
 descent on the loss of the next symbol, at the rates in the grid. Training differentiates through
 all their writes. Weights, rates and variants are chosen on validation rows of the lengths and
-classes trained on; held-out ones are only ever examined.
+classes trained on; held-out ones are only ever examined. Further levels have a rate more to choose
+from, the one in the context.
 """
 
 import dataclasses
