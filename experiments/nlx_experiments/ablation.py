@@ -5,8 +5,7 @@ command    nlx run ablation [--only TASK ...] [--models ROW ...]
            nlx run ablation-tiny: next to nothing of it, in seconds
 shows      Hope without one of its parts, at equal parameters: bits per byte on held-out text (the
            Python standard library's source, or --data), and the rows of parity that are right
-takes      not run yet; a model that is
-           stopped begins anew, finished ones are kept
+takes      not run yet; a model that is stopped begins anew, finished ones are kept
 expects    meant, and not shown yet: the paper's sign in every row, or why not
 
 "Hope" here makes its queries by a memory, as the first row of the paper's table does; "w/o

@@ -10,8 +10,8 @@ shows      the share of answers that are right: of questions on two and three fa
            help there
 takes      about two hours on two quiet cores, most of it Hope with 2 to 4 levels (a quarter of an
            hour each, by extrapolation; half with `--inner-rates 1.0`); DeltaNet with 1 level half a
-           minute, with more four minutes (measured, beside other work); a model
-           that is stopped begins anew, finished ones are kept
+           minute, with more four minutes (measured, beside other work); a model that
+           is stopped begins anew, finished ones are kept
 expects    of the pilot (README.md says what it ran): DeltaNet with one level 75 % on functions of
            the classes trained on (Bayes: 79, nearest examples: 72), Hope 73; both 31, below
            chance, on held-out xor; further levels of DeltaNet add 2 to 3 points on conjunctions and

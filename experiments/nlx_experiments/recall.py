@@ -6,8 +6,7 @@ command    nlx run recall [--only TASK ...] [--models MODEL ...]
 shows      the share of answers that are right, at equal bytes of state and equal parameters: MAD's
            five tasks (Poli et al., 2024; Behrouz et al., 2025, Table 4), and multi-query recall
            of more and more pairs with states of one, two and four times the bytes
-takes      not run yet; a model that is
-           stopped begins anew, finished ones are kept
+takes      not run yet; a model that is stopped begins anew, finished ones are kept
 expects    meant, and not shown yet: Hope in the mean at least level with Titans, and above
            DeltaNet, Gated DeltaNet and TTT
 

@@ -7,8 +7,7 @@ shows      the share of rows that are right at every position, at the lengths tr
            twice as long: six formal languages (Irie et al., 2023; Behrouz et al., 2025, Table 5),
            and word problems: of S5 and A5, which are beyond TC0, and of arithmetic modulo 5 from
            left to right, which is not
-takes      not run whole yet; a model that is
-           stopped begins anew, finished ones are kept
+takes      not run whole yet; a model that is stopped begins anew, finished ones are kept
 expects    meant, and not shown yet: Hope at 100 % in all cells of the paper's table, the
            Transformer at 0 % of long rows of parity, S5 solved by Hope at lengths at which DeltaNet
            and the Transformer solve nothing
