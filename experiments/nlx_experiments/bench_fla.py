@@ -224,7 +224,7 @@ def checked(keep: Callable[..., None]) -> None:
 
 
 def timed(todo: list[Job], best: dict[str, float], keep: Callable[..., None]) -> None:
-    """Times every job; all compile at once."""
+    """Times every job, after all were compiled at once."""
     with ThreadPoolExecutor() as pool:
         compiled = [pool.submit(job.compile_) for job in todo]
     for job, run in zip(todo, compiled, strict=True):

@@ -9,7 +9,8 @@ shows      milliseconds of a step of gradient descent on one row, bfloat16, in t
 measures   hope-340m, gated-deltanet-340m and transformer++-340m; blocks are made again in the
            backward pass (`remat`) from 32,768 tokens on. The Transformer's attention is
            `jax.nn.dot_product_attention(implementation="cudnn")` in place of nlx's
-takes      not yet run on a device; ahead of time 2 to 5 minutes a row on two cores
+takes      not yet run on a device to the end: 9 programs compile side by side, each for one to
+           several minutes of several cores; ahead of time 2 to 5 minutes a row on two cores
 """
 
 import contextlib
@@ -19,6 +20,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -70,20 +72,45 @@ def library_attention(implementation: Any) -> Iterator[None]:
         attention.attend = ours
 
 
+def compiled(
+    pool: Executor, configs: dict[str, nn.ModelConfig], tokens: int, implementation: Any
+) -> dict[str, Future]:
+    """Every model's step, which compiles in the pool: (params, tokens [1, t + 1]) -> params."""
+    batch = jax.ShapeDtypeStruct((1, tokens + 1), jnp.int32)
+    found = {}
+    for name, config in configs.items():
+        descend, init = step(config)
+
+        def lower(descend=descend, init=init):
+            with library_attention(implementation):
+                return jax.jit(descend, donate_argnums=0).lower(jax.eval_shape(init), batch)
+
+        try:
+            found[name] = pool.submit(lower().compile)
+        except Exception as error:  # what an attention refuses: the others are timed all the same
+            found[name] = Future()
+            found[name].set_exception(error)
+    return found
+
+
 def measure(
-    configs: dict[str, nn.ModelConfig], tokens: int, implementation: Any, rounds: int = ROUNDS
+    configs: dict[str, nn.ModelConfig],
+    tokens: int,
+    steps: dict[str, Future],
+    rounds: int = ROUNDS,
 ) -> dict[str, Any]:
-    """Milliseconds of every model's step, in turn; what failed says why."""
+    """Milliseconds of every model's step, in turn; what failed says why.
+
+    steps: see `compiled`.
+    """
     ready: dict[str, list[Any]] = {}
     found: dict[str, Any] = {"tokens": tokens}
     batch = jnp.zeros((1, tokens + 1), jnp.int32)
     for name, config in configs.items():
         try:
-            descend, init = step(config)
-            with library_attention(implementation):
-                run = jax.jit(descend, donate_argnums=0)
-                params = jax.jit(init)()
-                ready[name] = [run, jax.block_until_ready(run(params, batch))]
+            run = steps[name].result()
+            params = jax.jit(step(config)[1])()
+            ready[name] = [run, jax.block_until_ready(run(params, batch))]
         except Exception as error:  # of memory or of a compiler: the others are timed all the same
             found[name] = f"failed: {str(error).splitlines()[0]}"
             say(f"{name}, {tokens} tokens: {found[name]}")
@@ -126,14 +153,21 @@ def main(argv: list[str]) -> None:
         if not absent or word not in nn.PRESETS:
             sys.exit(f"{word!r} must be a number of tokens, or with --ahead-of-time a preset.")
     rows: list[dict[str, Any]] = []
-    for tokens in lengths:
-        if absent:
-            rows += [ahead_of_time(name, tokens) for name in presets or MODELS[:1]]
-        else:
-            configs = {name: config_of(name, tokens) for name in MODELS}
-            rows.append(measure(configs, tokens, "cudnn"))
+
+    def keep(found: list[dict[str, Any]]) -> None:
+        rows.extend(found)
         name = "steps-ahead-of-time.json" if absent else "steps.json"
         runs.write_json(folder / name, {"environment": runs.environment(), "rows": rows})
+
+    if absent:
+        for tokens in lengths:
+            keep([ahead_of_time(name, tokens) for name in presets or MODELS[:1]])
+        return
+    configs = {tokens: {name: config_of(name, tokens) for name in MODELS} for tokens in lengths}
+    with ThreadPoolExecutor() as pool:
+        ready = {n: compiled(pool, made, n, "cudnn") for n, made in configs.items()}
+    for tokens, steps in ready.items():
+        keep([measure(configs[tokens], tokens, steps)])
 
 
 if __name__ == "__main__":

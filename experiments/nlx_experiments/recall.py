@@ -117,10 +117,16 @@ def contestants(
         "hope": {
             "delta": deep("self_modifying", momentum=False),
             "additive": deep("self_modifying", **lean),
+            "delta, one memory of values": deep(
+                "self_modifying", momentum=False, adaptive_key=False, adaptive_value=False
+            ),
         },
         "titans": {
             "momentum": deep("titans_lmm"),
             "no momentum": deep("titans_lmm", momentum=False),
+            f"no momentum, C = {chunk // 4}": deep(
+                "titans_lmm", momentum=False, chunk_size=chunk // 4
+            ),
         },
         "deltanet": {
             "rates to 1": wide("deltanet"),

@@ -96,7 +96,8 @@ def measure(
       the task has a curve also "curve", the share right at each scored place, mean of the seeds;
       and "validations" by seed, and "validation", their mean, which rates are compared by; "rate":
       the best one;
-      "steps" taken; "seconds"; "parameters"; "chance": bin -> share of the most frequent answer.
+      "steps" taken; "seconds"; "parameters"; "device"; "chance": bin -> share of the most frequent
+      answer.
 
     Raises Stopped where a signal came: a cell is whole or not there.
     """
@@ -160,6 +161,7 @@ def measure(
         "steps": step,
         "seconds": round(time.monotonic() - begun, 1),
         "parameters": learners.parameters,
+        "device": jax.devices()[0].device_kind,
         "chance": {b: round(chance(batch), 4) for b, batch in exams.items()},
     }
 

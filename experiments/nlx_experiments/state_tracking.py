@@ -77,7 +77,7 @@ def main(options: StateTracking) -> dict[str, Any]:
 def contestants(
     base: Mapping[str, Any], parameters: int, kind: Kind = "regular"
 ) -> dict[str, dict[str, nn.ModelConfig]]:
-    """Every mixer at one number of parameters, and its variants.
+    """Every mixer at one number of parameters, and its variants: three of the main rivals.
 
     base: vocabulary, width, heads, layers and hidden units of memories. kind: of the task, which
     decides the writes of Hope that are tried.
@@ -93,40 +93,56 @@ def contestants(
     def hope(size: int, **fields: Any) -> nn.ModelConfig:
         return config("self_modifying", chunk_size=size, projection_chunk_size=size, **fields)
 
-    def writes() -> dict[str, nn.ModelConfig]:
-        alone = dict(retain=False, momentum=False)
-        if kind == "word":
-            return {"delta alone, C = 128": hope(128, **alone)}
-        if kind == "counting":
-            # Delta writes saturate: a count not met in training is then a state not met.
-            half = max(1, base["memory_hidden"] // 2)
-            additive = dict(**alone, erase=False)
-            return {
-                "additive, C = 128": hope(128, **additive),
-                "additive, half as wide, C = 128": hope(128, **additive, memory_hidden=half),
-            }
+    alone = dict(retain=False, momentum=False)
+    if kind == "word":
+        hopes = {
+            "delta alone, C = 128": hope(128, **alone),
+            "delta alone, C = 4": hope(4, **alone),
+            "delta, C = 4": hope(4),
+        }
+    elif kind == "counting":
+        # Delta writes saturate: a count not met in training is then a state not met.
+        half = max(1, base["memory_hidden"] // 2)
+        additive = dict(**alone, erase=False)
+        hopes = {
+            "additive, C = 128": hope(128, **additive),
+            "additive, half as wide, C = 128": hope(128, **additive, memory_hidden=half),
+            "additive, C = 10": hope(10, **additive),
+        }
+    else:
         # A state that must last as long as a word is kept by a memory that does not forget.
         kept = dict(retain=False, heads=base["heads"] // 2, memory_hidden=2 * base["memory_hidden"])
-        return {
-            "delta, C = 10": hope(10),
+        hopes = {
             "delta, no retention, half the heads, C = 128": hope(128, **kept),
+            "delta, no retention, half the heads, C = 10": hope(10, **kept),
+            "delta, C = 10": hope(10),
         }
-
+    two = 2 * base["layers"]
     return {
-        "hope": writes(),
-        "titans": {"C = 10": config("titans_lmm", chunk_size=10)},
+        "hope": hopes,
+        "titans": {
+            "C = 10": config("titans_lmm", chunk_size=10),
+            "no momentum, C = 10": config("titans_lmm", chunk_size=10, momentum=False),
+            "C = 128": config("titans_lmm", chunk_size=128),
+        },
         "deltanet": {
             "rates to 1": config("deltanet"),
             "rates to 2": config("deltanet", negative_eigenvalues=True),
+            "rates to 1, twice the layers": config("deltanet", layers=two),
         },
         "transformer": {
             "no positions": config("attention", rotary=False),
             "rotary": config("attention"),
+            "no positions, twice the layers": config("attention", rotary=False, layers=two),
         },
-        "gated deltanet": {"": config("gated_deltanet")},
         "retnet": {"": config("retnet")},
+        "gated deltanet": {"": config("gated_deltanet")},
         "mamba2": {"": config("mamba2")},
-        "ttt": {"mlp": config("ttt_mlp", chunk_size=10)},
+        "ttt linear": {"C = 10": config("ttt_linear", chunk_size=10)},
+        "ttt mlp": {"C = 10": config("ttt_mlp", chunk_size=10)},
+        "titans mac": {"C = 10": config("titans_mac", chunk_size=10)},
+        "titans mag": {"C = 10": config("titans_mag", chunk_size=10, window=16)},
+        "titans mal": {"C = 10": config("titans_mal", chunk_size=10, window=16)},
     }
 
 

@@ -2,6 +2,7 @@
 """`bench_steps` at tiny sizes: the rival's attention is ours, and what fails is said."""
 
 import dataclasses
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
@@ -29,9 +30,12 @@ def test_steps_are_timed_in_turn_and_what_fails_says_why():
     config = dataclasses.replace(nn.preset("transformer++-tiny"), width=16, heads=2, hidden=8)
     other = dataclasses.replace(config, mixer="deltanet", remat=True)
     configs = {"gated-deltanet-340m": other, "transformer++-340m": config}
-    found = bench_steps.measure(configs, 8, "xla", rounds=2)
+    with ThreadPoolExecutor() as pool:
+        steps = bench_steps.compiled(pool, configs, 8, "xla")
+        none = bench_steps.compiled(pool, {"transformer++-340m": config}, 8, "cudnn")
+    found = bench_steps.measure(configs, 8, steps, rounds=2)
     assert all(found[name] > 0 for name in configs)
-    failed = bench_steps.measure({"transformer++-340m": config}, 8, "cudnn", rounds=1)
+    failed = bench_steps.measure({"transformer++-340m": config}, 8, none, rounds=1)
     assert failed["transformer++-340m"].startswith("failed: ")
 
 
