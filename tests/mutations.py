@@ -60,7 +60,9 @@ EXPERIMENTS = "experiments/nlx_experiments"
 OF_LEVELS, OF_REASONING = (f"experiments/test_reasoning{part}.py" for part in ("", "_tasks"))
 WIDE = "wide = x.astype(jnp.promote_types(jnp.float32, x.dtype))"
 LANGUAGES = "experiments/nlx_experiments/formal_languages.py"
-OF_TASKS, OF_CONTEST = (f"experiments/test_sequence_{name}.py" for name in ("tasks", "contest"))
+OF_TASKS, OF_CONTEST, OF_TABLES = (
+    f"experiments/test_sequence_{name}.py" for name in ("tasks", "contest", "experiment")
+)
 CONTEST = "experiments/nlx_experiments/sequence_contest.py"
 RECALL = "experiments/nlx_experiments/recall_tasks.py"
 
@@ -1121,7 +1123,7 @@ MUTATIONS = (
     Mutation(
         "that a loss which is not finite is worth nothing",
         f"{EXPERIMENTS}/sequence_contest.py",
-        "return np.where(np.isfinite(loss), value, -np.inf)",
+        "return np.where(np.isfinite(loss), value, WORTHLESS)",
         "return value",
         OF_CONTEST,
     ),
@@ -1137,7 +1139,7 @@ MUTATIONS = (
         f"{EXPERIMENTS}/sequence_experiment.py",
         "fields += contest.digest(row.task, row.plan)",
         "pass",
-        OF_CONTEST,
+        OF_TABLES,
     ),
     Mutation(
         "the decoder among a model's parameters",
@@ -1151,7 +1153,7 @@ MUTATIONS = (
         f"{EXPERIMENTS}/recall.py",
         '{".chunk_start"}',
         "set()",
-        OF_CONTEST,
+        "experiments/test_recall.py",
     ),
     Mutation(
         "that held-out functions are in no class trained on",
@@ -1165,7 +1167,7 @@ MUTATIONS = (
         f"{EXPERIMENTS}/sequence_experiment.py",
         "task=shuffled(row.task)",
         "task=row.task",
-        OF_CONTEST,
+        OF_TABLES,
     ),
     Mutation(
         "that training leaves functions out",

@@ -19,7 +19,7 @@ import dataclasses
 import math
 import pathlib
 import statistics
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from nlx import nn
@@ -161,36 +161,49 @@ def shown(results: Mapping[str, Any]) -> str:
         for task, entry in results.items()
     }
     bits = {
-        row: [loss / math.log(2) for loss in r["held out"]["loss"]]
+        row: [math.nan if loss is None else loss / math.log(2) for loss in r["held out"]["loss"]]
         for row, r in found.get("text", {}).items()
     }
     bins = list(results["parity"]["plan"]["bins"]) if "parity" in results else []
+    parity = found.get("parity", {})
+    wrong = {row: [1 - share for share in r[bins[-1]]["rows"]] for row, r in parity.items()}
     lines = []
     for row, (perplexity, accuracy) in PAPER.items():
-        tracked = found.get("parity", {}).get(row)
-        if row not in bits and tracked is None:
+        if row not in bits and row not in parity:
             continue
-        compared = row in bits and "Hope" in bits and row != "Hope"
-        worse, error = difference(bits[row], bits["Hope"]) if compared else (math.nan, math.nan)
-        theirs = perplexity - PAPER["Hope"][0]
+        theirs = perplexity - PAPER["Hope"][0], PAPER["Hope"][1] - accuracy
+        of_text = compared(bits, row, theirs[0], lambda x: f"{x:+.3f}")
+        of_parity = compared(wrong, row, theirs[1], lambda x: f"{100 * x:+.1f}")
+        shown = [experiment.interval(parity[row][b]["rows"]) for b in bins] if row in parity else []
         lines.append(
             (
                 row,
                 f"{statistics.fmean(bits[row]):.3f}" if row in bits else "",
-                "" if not compared else f"{worse:+.3f} ± {error:.3f}",
-                f"{perplexity:.2f}" + ("" if row == "Hope" else f" ({theirs:+.2f})"),
-                "" if not compared else verdict(worse, error, theirs),
-                " / ".join(experiment.interval(tracked[b]["rows"]) for b in bins)
-                if tracked
-                else "",
-                f"{accuracy:.1f}",
+                *of_text,
+                f"{perplexity:.2f}" + ("" if row == "Hope" else f" ({theirs[0]:+.2f})"),
+                " / ".join(shown),
+                *of_parity,
+                f"{accuracy:.1f}" + ("" if row == "Hope" else f" ({-theirs[1]:+.1f})"),
             )
         )
-    columns = ("", "bits per byte", "worse by", "paper: perplexity", "same sign?")
-    columns += (f"parity, rows of {' / '.join(bins)}", "paper: accuracy")
-    table = experiment.report.Table("", columns, lines).markdown()
+    columns = ("", "bits per byte", "worse by", "same sign?", "paper: perplexity")
+    columns += (f"parity, rows of {' / '.join(bins)}", "fewer long rows by", "same sign?")
+    table = experiment.report.Table("", (*columns, "paper: accuracy"), lines).markdown()
     parts = [table, *experiment.control(results), "The whole grid:"]
     return "\n\n".join([*parts, experiment.grid(results).markdown()])
+
+
+def compared(
+    values: Mapping[str, list[float]], row: str, paper: float, form: Callable[[float], str]
+) -> tuple[str, str]:
+    """By how much a row is worse than the whole, with the standard error, and the verdict.
+
+    values: of each row by seed, the lower the better. paper: by how much it is worse there.
+    """
+    if row == "Hope" or row not in values or "Hope" not in values:
+        return "", ""
+    worse, error = difference(values[row], values["Hope"])
+    return f"{form(worse)} ± {form(error).lstrip('+')}", verdict(worse, error, paper)
 
 
 def difference(row: list[float], whole: list[float]) -> tuple[float, float]:
@@ -202,6 +215,6 @@ def difference(row: list[float], whole: list[float]) -> tuple[float, float]:
 
 def verdict(worse: float, error: float, paper: float) -> str:
     """Whether a difference has the paper's sign, beyond two standard errors."""
-    if abs(worse) < 2 * error:
+    if abs(worse) <= 2 * error:
         return "within the noise"
     return "yes" if (worse > 0) == (paper > 0) else "no"

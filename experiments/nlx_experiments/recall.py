@@ -73,10 +73,11 @@ def state_bytes(config: nn.ModelConfig, tokens: int = LENGTH) -> int:
     """What a row's state takes at the end of a chunk.
 
     There the weights that gradients are taken at are the running ones, so they are counted once;
-    what Hope's memory of the retention would take is not counted where there is none.
+    what those of Hope's memories would take that stand still, zeros, is not counted.
     """
     make = lambda: nn.LanguageModel(config, rngs=nnx.Rngs(0)).init_state(1, tokens)
-    left_out = {".chunk_start"} | (set() if config.retain else {"['retain']"})
+    learns = {"retain": config.retain, "key": config.adaptive_key, "value": config.adaptive_value}
+    left_out = {".chunk_start"} | {f"['{name}']" for name, there in learns.items() if not there}
     return sum(
         x.size * x.dtype.itemsize
         for path, x in jax.tree_util.tree_leaves_with_path(jax.eval_shape(make))

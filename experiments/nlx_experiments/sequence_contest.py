@@ -27,6 +27,7 @@ from nlx_experiments.sequence_levels import InContext
 from nlx_experiments.sequence_tasks import Batch, Task, chance, padded
 
 MEASURES = ("rows", "tokens", "loss")
+WORTHLESS = -1e9  # what a training is worth that has no finite loss
 TRAINED, VALIDATED, TESTED = 0, 1, 2  # streams of rows
 PROTOCOL = 2  # counts changes of what is measured here: cells of another one are not used
 
@@ -213,13 +214,13 @@ def digest(task: Task, plan: Plan) -> str:
 def _value(found: list[Scores], task: Task, plan: Plan) -> np.ndarray:
     """What a training is worth: all that is graded, then the last bin; losses break ties.
 
-    What has no finite loss is worth nothing.
+    What has no finite loss is WORTHLESS.
     """
     loss = np.mean([s.loss for s in found], 0)
     graded = [getattr(s, task.graded) for s in found]
     close = 1e-3 * np.mean([s.tokens for s in found], 0) - 1e-4 * np.minimum(loss, 1)
     value = -loss if plan.by_loss else np.mean(graded, 0) + close + graded[-1]
-    return np.where(np.isfinite(loss), value, -np.inf)
+    return np.where(np.isfinite(loss), value, WORTHLESS)
 
 
 def _right(found: list[Scores], task: Task, plan: Plan) -> np.ndarray:
@@ -247,5 +248,7 @@ def _curve(places: np.ndarray, batch: Batch, plan: Plan) -> list[list[float]]:
     return [[round(float(v), 4) for v in rate] for rate in seen.mean(1)]
 
 
-def _listed(values: np.ndarray, plan: Plan) -> list[list[float]]:
-    return [[round(float(v), 4) for v in row] for row in _by_rate(values, plan)]
+def _listed(values: np.ndarray, plan: Plan) -> list[list[float | None]]:
+    """By rate and seed; what is not finite is None, for JSON has no name for it."""
+    kept = lambda v: round(float(v), 4) if np.isfinite(v) else None
+    return [[kept(v) for v in row] for row in _by_rate(values, plan)]
