@@ -2,7 +2,8 @@
 """`nlx run ablation`: what each part of Hope is worth (Behrouz et al., 2025, Table 6).
 
 command    nlx run ablation [--only TASK ...] [--models ROW ...]
-           nlx run ablation-tiny: next to nothing of it, in seconds
+           nlx run ablation-tiny: next to nothing of it, in seconds; ablation-gpu: eight layers of
+           width 512 and windows of 2,048 bytes, for a GPU
 shows      Hope without one of its parts, at equal parameters: bits per byte on held-out text (the
            Python standard library's source, or --data), and the rows of parity that are right
 takes      not run yet; a model that is stopped begins anew, finished ones are kept
@@ -63,6 +64,13 @@ class Ablation(Options):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Gpu(Ablation):
+    """Eight layers of width 512 on windows of 2,048 bytes: for a GPU."""
+
+    runs: pathlib.Path = pathlib.Path("runs/ablation-gpu")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Tiny(Ablation):
     """Two rows of it, a few steps: does everything work?"""
 
@@ -77,7 +85,8 @@ def main(options: Ablation) -> dict[str, Any]:
     half = corpus.heldout.size // 2
     text = windows(corpus.train, corpus.heldout[:half], corpus.heldout[half:])
     tasks = {"text": text, "parity": formal_languages.LANGUAGES["parity"]}
-    plans = tiny_plans() if isinstance(options, Tiny) else full_plans()
+    size = TINY if isinstance(options, Tiny) else OF_GPU if isinstance(options, Gpu) else FULL
+    plans = tiny_plans() if isinstance(options, Tiny) else full_plans(isinstance(options, Gpu))
     rows = {
         name: Row(
             task,
@@ -86,56 +95,60 @@ def main(options: Ablation) -> dict[str, Any]:
             control=made.get("w/o CMS"),
         )
         for name, task in tasks.items()
-        for made in [variants(task.vocabulary, isinstance(options, Tiny))]
+        for made in [variants(task.vocabulary, size)]
     }
     if isinstance(options, Tiny):  # Hope alone: compiling each takes seconds
         alone = {"Hope": rows["parity"].models["Hope"]}
         rows["parity"] = rows["parity"]._replace(models=alone)
-    return experiment.run(options, "ablation", rows, shown)
+    name = "ablation-gpu" if isinstance(options, Gpu) else "ablation"
+    return experiment.run(options, name, rows, shown)
 
 
-def variants(vocabulary: int, tiny: bool) -> dict[str, nn.ModelConfig]:
-    """The rows of the table, all with as many parameters."""
-    sizes: dict[str, Any] = dict(width=64, heads=2, layers=1, memory_hidden=16)
-    if tiny:
-        sizes = dict(width=16, heads=1, layers=1, memory_hidden=4)
+FULL = dict(width=64, heads=2, layers=1, memory_hidden=16)
+OF_GPU = dict(width=512, heads=8, layers=8, memory_hidden=64)
+TINY = dict(width=16, heads=1, layers=1, memory_hidden=4)
+
+
+def variants(vocabulary: int, size: Mapping[str, Any] = FULL) -> dict[str, nn.ModelConfig]:
+    """The rows of the table, all with as many parameters; of TINY the first two."""
     whole = nn.ModelConfig(
         mixer="self_modifying",
         feed_forward="cms",
         vocabulary=vocabulary,
-        hidden=2 * sizes["width"],
+        hidden=2 * size["width"],
         cms_periods=(1, 4),
         chunk_size=16,
         projection_chunk_size=16,
         adaptive_query=True,
-        **sizes,
+        **size,
     )
-    chosen = list(REMOVED)[:2] if tiny else list(REMOVED)
+    chosen = list(REMOVED)[:2] if size is TINY else list(REMOVED)
     return {row: equal(dataclasses.replace(whole, **REMOVED[row]), count(whole)) for row in chosen}
 
 
-def full_plans() -> dict[str, Plan]:
-    """Text in windows of 256 bytes; parity."""
+def full_plans(large: bool = False) -> dict[str, Plan]:
+    """Text in windows of 256 bytes; parity. large: windows of 2,048, more steps, a lower rate."""
+    length = 2048 if large else 256
     text = Plan(
-        bins={"held out": (256, 256)},
-        shortest=256,
-        stages=((0, 256),),
-        steps=600,
-        rates=(5e-3,),
+        bins={"held out": (length, length)},
+        shortest=length,
+        stages=((0, length),),
+        steps=10_000 if large else 600,
+        rates=(1e-3 if large else 5e-3,),
         seeds=4,
         decay=True,
         by_loss=True,
         rows=8,
         validated=128,
         tested=256,
-        round_to=256,
+        round_to=length,
     )
     parity = Plan(
         bins={"2 to 32": (2, 32), "33 to 64": (33, 64)},
         shortest=2,
         stages=((0, 16), (200, 32)),
-        steps=600,
-        rates=(5e-3,),
+        steps=5_000 if large else 600,
+        rates=text.rates,
         seeds=4,
         noise=0.2,
         decay=True,

@@ -12,9 +12,9 @@ class Store:
     """The finished cells of a run folder, by what they are."""
 
     def __init__(self, run: runs.Run):
-        """Reads what is there; a line that a killed process left unfinished is dropped."""
+        """Reads what is there; a line that is damaged or unfinished is dropped."""
         path = run.folder / "cells.jsonl"
-        records = runs.read_lines(path)
+        records = runs.read_lines(path, past_damage=True)
         runs.write_whole(path, "".join(json.dumps(r) + "\n" for r in records))
         self.path, self.known = path, {r["what"]: r for r in records}
 

@@ -2,7 +2,8 @@
 """`nlx run reasoning`: questions that need several facts, functions told by examples, levels.
 
 command    nlx run reasoning [--only TASK ...] [--models MODEL ...]
-           nlx run reasoning-tiny: next to nothing of it, in seconds
+           nlx run reasoning-tiny: next to nothing of it, in seconds; reasoning-gpu: models of
+           width 128 and 20 times the steps, for a GPU
 shows      the share of answers that are right: of questions on two and three facts
            (`facts_tasks.py`), in stories as long as those trained on and longer; of functions in
            context (`function_tasks.py`), new ones of the classes trained on and of classes held
@@ -30,10 +31,11 @@ from, the one in the context.
 """
 
 import dataclasses
+import functools
 import pathlib
 import statistics
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -70,6 +72,14 @@ class Reasoning(Options):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Gpu(Reasoning):
+    """Models of width 128 and twice the layers, 20 times the steps, 5 seeds: for a GPU."""
+
+    runs: pathlib.Path = pathlib.Path("runs/reasoning-gpu")
+    steps: int = 20_000
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Tiny(Reasoning):
     """Two tasks with few models, a few steps: does everything work?"""
 
@@ -80,11 +90,15 @@ class Tiny(Reasoning):
 
 def main(options: Reasoning) -> dict[str, Any]:
     """Runs what is not known yet; writes tables, pictures and numbers."""
-    rows = tiny() if isinstance(options, Tiny) else full(options.steps, options.inner_rates)
-    results = experiment.run(options, "reasoning", rows, shown, measure="tokens")
+    name, rows = "reasoning", tiny() if isinstance(options, Tiny) else {}
+    if isinstance(options, Gpu):
+        name, rows = "reasoning-gpu", full(options.steps, options.inner_rates, OF_GPU)
+    rows = rows or full(options.steps, options.inner_rates)
+    text = functools.partial(shown, picture=f"results/{name}-curves.png")
+    results = experiment.run(options, name, rows, text, measure="tokens")
     curves = {name: task for name, task in results.items() if _curved(task)}
     if curves:
-        plot(options.place / "results" / "reasoning-curves.png", curves)
+        plot(options.place / "results" / f"{name}-curves.png", curves)
     return results
 
 
@@ -107,7 +121,11 @@ def rivals(base: Mapping[str, Any], parameters: int) -> dict[str, dict[str, nn.M
         "ttt": "ttt_linear",
     }
     made = {name: {"": config(mixer, base, parameters)} for name, mixer in mixers.items()}
-    return made | {"transformer": {"": config("attention", {**base, "layers": 2}, parameters)}}
+    return made | {
+        "transformer": {
+            "": config("attention", {**base, "layers": max(2, base["layers"])}, parameters)
+        }
+    }
 
 
 def levels(
@@ -129,28 +147,44 @@ def levels(
     return {f"{name}, 1 level": {"": alone}, **further}
 
 
-def full(steps: int, inner_rates: Sequence[float]) -> dict[str, Row]:
+class Size(NamedTuple):
+    """Of the models and of what they are trained on."""
+
+    width: int
+    layers: int  # for functions; for questions twice as many
+    parameters: tuple[int, int]  # for questions, for functions
+    seeds: int
+    rows: tuple[int, int]  # in a step, likewise
+
+
+FULL = Size(width=32, layers=1, parameters=(33_000, 17_500), seeds=3, rows=(16, 8))
+OF_GPU = Size(width=128, layers=2, parameters=(1_000_000, 500_000), seeds=5, rows=(64, 64))
+
+
+def full(steps: int, inner_rates: Sequence[float], size: Size = FULL) -> dict[str, Row]:
     """Two and three facts; functions of 4 bits in rows of all 16 inputs."""
     plan = Plan(
         bins={"4 to 16": (12, 48), "17 to 32": (51, 96)},
         shortest=12,
         stages=((0, 48),),
         steps=steps,
+        seeds=size.seeds,
         rates=(3e-3, 1e-2),
-        rows=16,
+        rows=size.rows[0],
         decay=True,
         round_to=48,
     )
-    base = dict(width=32, heads=2, memory_hidden=16)
-    two = {**base, "layers": 2, "chunk_size": 8}
-    rows = {f"{n} facts": facts(n, plan, two, 33_000) for n in (2, 3)}
+    base = dict(width=size.width, heads=2, memory_hidden=16)
+    two = {**base, "layers": 2 * size.layers, "chunk_size": 8}
+    rows = {f"{n} facts": facts(n, plan, two, size.parameters[0]) for n in (2, 3)}
     bins = {name: (32, 32) for name in ("fresh", *TRAINED, *HELD_OUT)}
     plan = dataclasses.replace(
-        plan, bins=bins, shortest=32, stages=((0, 32),), rows=8, rates=(5e-3, 2e-2), validated=256,
-        tested=256, round_to=32,
+        plan, bins=bins, shortest=32, stages=((0, 32),), rows=size.rows[1], rates=(5e-3, 2e-2),
+        validated=256, tested=256, round_to=32,
     )  # fmt: skip
-    one = {**base, "layers": 1, "chunk_size": 4}
-    return rows | {"functions": functions(plan, one, 17_500, BITS, inner_rates)}
+    one = {**base, "layers": size.layers, "chunk_size": 4}
+    told = functions(plan, one, size.parameters[1], BITS, inner_rates)
+    return rows | {"functions": told}
 
 
 def facts(supporting: int, plan: Plan, base: Mapping[str, Any], parameters: int) -> Row:
@@ -227,7 +261,7 @@ def tiny() -> dict[str, Row]:
     }
 
 
-def shown(results: Mapping[str, Any]) -> str:
+def shown(results: Mapping[str, Any], picture: str = "results/reasoning-curves.png") -> str:
     """Means over seeds, lines that need no training, what a level brings, and the grid."""
     told = {name: task for name, task in results.items() if not _curved(task)}
     parts = ["Answers that are right, in percent, mean of the seeds (lowest to highest)."]
@@ -245,7 +279,7 @@ def shown(results: Mapping[str, Any]) -> str:
             _by_bin(task).markdown(),
             *verdicts(task),
             "After so many examples:",
-            "![share right against examples seen](results/reasoning-curves.png)",
+            f"![share right against examples seen]({picture})",
         ]
     parts += [*experiment.control(results), "The whole grid:"]
     return "\n\n".join([*parts, experiment.grid(results, "tokens").markdown()])

@@ -71,6 +71,7 @@ def experiment(argv: list[str]) -> None:
 
     experiments = {
         "ablation": (ablation.Ablation, ablation.main),
+        "ablation-gpu": (ablation.Gpu, ablation.main),
         "ablation-tiny": (ablation.Tiny, ablation.main),
         "demo": (demo.Demo, demo.main),
         "demo-check": (demo_check.DemoCheck, demo_check.main),
@@ -78,11 +79,14 @@ def experiment(argv: list[str]) -> None:
         "optimizers": (compare_optimizers.CompareOptimizers, compare_optimizers.main),
         "optimizers-tiny": (compare_optimizers.Tiny, compare_optimizers.main),
         "reasoning": (reasoning.Reasoning, reasoning.main),
+        "reasoning-gpu": (reasoning.Gpu, reasoning.main),
         "reasoning-tiny": (reasoning.Tiny, reasoning.main),
         "recall": (recall.Recall, recall.main),
+        "recall-gpu": (recall.Gpu, recall.main),
         "recall-tiny": (recall.Tiny, recall.main),
         "sizes": (sizes.Sizes, sizes.main),
         "state-tracking": (state_tracking.StateTracking, state_tracking.main),
+        "state-tracking-gpu": (state_tracking.Gpu, state_tracking.main),
         "state-tracking-tiny": (state_tracking.Tiny, state_tracking.main),
         "stream": (stream.Stream, stream.main),
         "stream-tiny": (stream.Tiny, stream.main),

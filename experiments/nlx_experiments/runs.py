@@ -144,15 +144,19 @@ def read_json(path: pathlib.Path) -> Any:
         raise Refused(f"{path} is damaged: it is not JSON any more ({error}).") from error
 
 
-def read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
-    """The records of a JSONL file, up to a line that a killed process left unfinished."""
+def read_lines(path: pathlib.Path, past_damage: bool = False) -> list[dict[str, Any]]:
+    """The records of a JSONL file, up to a line that a killed process left unfinished.
+
+    past_damage: also those after a line that is no record, where records do not follow each other.
+    """
     records = []
     if path.exists():
         for line in path.read_text().splitlines():
             try:
                 records.append(json.loads(line))
             except ValueError:
-                break
+                if not past_damage:
+                    break
     return records
 
 

@@ -76,6 +76,7 @@ def run(
     rows: Mapping[str, Row],
     shown: Callable[[Mapping[str, Any]], str],
     measure: str = "rows",
+    table: Mapping[str, Row] | None = None,
 ) -> dict[str, Any]:
     """Runs an experiment, or goes on; writes results/<name>.json, .md, .png and the README's table.
 
@@ -85,6 +86,7 @@ def run(
       rows: task name -> row, in the table's order.
       shown: results -> what stands in the README.
       measure: what pictures show: shares of "rows" or of "tokens" that are right.
+      table: what the table holds of what is known, where that may be more than is run; the rows.
 
     Raises:
       Refused: an unknown task or model. Stopped: a signal came; finished cells are kept.
@@ -112,7 +114,7 @@ def run(
             if row.control is not None and not options.models:
                 _cell(store, (task_name, CONTROL, ""), controlled(row), row.control, stop)
         known = published(options.place / "results" / f"{name}.json") | store.known
-        results = gather(known, rows)
+        results = gather(known, rows if table is None else table)
     write(options, name, results, shown, measure)
     return results
 

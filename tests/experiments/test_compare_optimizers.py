@@ -143,11 +143,15 @@ def test_a_stop_keeps_what_is_finished(contest):
     assert len(runs.read_lines(made.store.path)) == kept
 
 
-def test_an_unfinished_line_is_dropped(tmp_path):
-    (tmp_path / "cells.jsonl").write_text('{"what": "a", "losses": [1.0]}\n{"what": "b", "los')
+def test_a_damaged_or_unfinished_line_is_dropped_alone(tmp_path):
+    whole = [f'{{"what": "{name}", "losses": [1.0]}}' for name in "ac"]
+    text = "\n".join((whole[0], '{"what": "b", "lo\0\0', whole[1], '{"what": "d", "los'))
+    (tmp_path / "cells.jsonl").write_text(text)
     with runs.Run(tmp_path) as opened:
-        assert list(Store(opened).known) == ["a"]
-    assert (tmp_path / "cells.jsonl").read_text() == '{"what": "a", "losses": [1.0]}\n'
+        assert list(Store(opened).known) == ["a", "c"]
+    assert (tmp_path / "cells.jsonl").read_text().splitlines() == whole
+    (tmp_path / "lines.jsonl").write_text(text)
+    assert len(runs.read_lines(tmp_path / "lines.jsonl")) == 1
 
 
 def entry(losses, **fields):

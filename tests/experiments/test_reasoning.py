@@ -112,8 +112,9 @@ def test_held_out_bins_choose_nothing_and_are_examined():
     assert record["steps"] < 80  # it ends once all is right, whatever the held-out bin says
 
 
-def test_levels_are_one_architecture_of_equal_parameters():
-    rows = reasoning.full(10, (0.1, 1.0))
+@pytest.mark.parametrize("size", [reasoning.FULL, reasoning.OF_GPU])
+def test_levels_are_one_architecture_of_equal_parameters(size):
+    rows = reasoning.full(10, (0.1, 1.0), size)
     told = rows["functions"].models
     for mixer in ("hope", "deltanet"):
         alone = told[f"{mixer}, 1 level"][""]

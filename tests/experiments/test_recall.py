@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Recall: equal bytes of state."""
 
+import pytest
 from nlx_experiments import recall
 
 from nlx import nn
 
 
-def test_states_are_equal_where_they_are_said_to_be():
-    for name, row in recall.full().items():
-        told = 2**10 * int(name.split()[-2]) if "KiB" in name else recall.STATE
+@pytest.mark.parametrize("size", [recall.FULL, recall.OF_GPU])
+def test_states_are_equal_where_they_are_said_to_be(size):
+    for name, row in recall.full(size).items():
+        told = 2**10 * int(name.split()[-2]) if "KiB" in name else size.state
         for model, variants in row.models.items():
             for config in variants.values():
                 if model != "transformer":

@@ -107,6 +107,9 @@ def test_an_experiment_runs_what_is_missing_and_shows_the_best_variant(rows, tmp
     grid = sequence_experiment.grid(results).markdown()
     assert "| plus one | two | wide | 0.03 | **100 / 100** |" in grid
     assert "| plus one | two | narrow | 0.03 | 100 / 85 (70 to 100) |" in grid
+    fewer = {"plus one": made["plus one"]._replace(models={"one": {"": CONFIG}})}
+    part = sequence_experiment.run(options, "trial", fewer, table, table=made)
+    assert (len(measured), part) == (3, results)
     elsewhere = dataclasses.replace(options, runs=tmp_path / "other", models=("one",))
     kept = sequence_experiment.run(elsewhere, "trial", made, table)
     assert measured[3:] == ["plus one, one"]

@@ -21,6 +21,18 @@ def test_the_same_models_compete_everywhere_with_as_many_parameters():
     assert (hope.erase, hope.retain, hope.momentum, hope.chunk_size) == (False,) * 3 + (128,)
 
 
+def test_the_default_is_a_part_of_the_whole():
+    rows = state_tracking.full()
+    part = state_tracking.few(rows)
+    assert list(part) == [*formal_languages.LANGUAGES, "S5 by swaps"]
+    for name, row in part.items():
+        assert list(row.models) == ["hope", "deltanet", "transformer", "retnet"]
+        assert len(row.models["hope"]) == 2
+        for model, variants in row.models.items():
+            assert variants.items() <= rows[name].models[model].items()
+        assert row.plan == rows[name].plan
+
+
 def test_the_papers_table_is_beside_ours():
     shares = {"rows": [1.0, 0.5], "tokens": [1.0, 0.9], "loss": [0.0, 0.1]}
     found = {"a": shares, "b": shares, "validation": 1.5, "validations": [2.0, 1.0]}
