@@ -152,6 +152,11 @@ def contestants(
         "retnet": {"": config("retnet")},
         "gated deltanet": {"": config("gated_deltanet")},
         "mamba2": {"": config("mamba2")},
+        "samba": {  # Mamba-2's layer has many parameters, and here is one of attention too
+            "twice the layers, narrower": config(
+                "mamba2", then=("attention",), layers=two, window=16, width=3 * base["width"] // 4
+            )
+        },
         "ttt linear": {"C = 10": config("ttt_linear", chunk_size=10)},
         "ttt mlp": {"C = 10": config("ttt_mlp", chunk_size=10)},
         "titans mac": {"C = 10": config("titans_mac", chunk_size=10)},
