@@ -34,6 +34,46 @@ class Draw:
         """Segment ids, a new one at this share of the tokens, elsewhere in every row."""
         return jnp.asarray(np.cumsum(self.random.uniform(size=(b, t)) < share, 1), jnp.int32)
 
+    def linear_memory(self, shape, correlation=0.0, strongest=1.9):
+        """Its arguments; a few tokens forget everything, a few nothing."""
+        b, t, h, k, v, _ = shape
+        retain = self.gate(b, t, h, low=0.8)
+        if t > 40:
+            retain = retain.at[:, 5].set(0).at[:, 9:20].set(1).at[:, 31:33].set(0)
+        return dict(
+            q=self.normal(b, t, h, k),
+            k=self.keys(b, t, h, k, correlation),
+            v=self.normal(b, t, h, v),
+            retain=retain,
+            erase=self.gate(b, t, h, high=strongest),
+            rate=self.gate(b, t, h),
+            state=self.normal(b, h, k, v),
+        )
+
+    def mlp_memory(self, shape, correlation=0.0, momentum=True, erase=True, norm=False):
+        """Its arguments without weights; a few tokens forget nothing, a few everything.
+
+        The latter not under a norm: it would leave almost nothing to normalise, so that every digit
+        lost there is lost by all forms alike.
+        """
+        b, t, h, k, _, v, _ = shape
+        retain = self.gate(b, t, h, low=0.8)
+        if t > 40:
+            retain = retain.at[:, 9:20].set(1)
+            retain = retain if norm else retain.at[:, 5].set(0).at[:, 31:33].set(0)
+        given = dict(
+            q=self.normal(b, t, h, k),
+            k=self.keys(b, t, h, k, correlation),
+            v=self.normal(b, t, h, v),
+            rate=self.gate(b, t, h, high=0.2),
+            retain=retain,
+        )
+        if momentum:
+            given["momentum"] = self.gate(b, t, h, high=0.9)
+        if erase:
+            given["erase"] = self.gate(b, t, h)
+        return given
+
 
 def gradients(function):
     """arguments -> (outputs, gradients of a fixed weighting of them), both without integers."""
@@ -55,6 +95,15 @@ def gradients(function):
         return outputs, jax.tree.map(lambda g: g if g.dtype != jax.dtypes.float0 else None, grads)
 
     return call
+
+
+def slopes_of_slopes(function, given):
+    """Gradients of the sum of squares of the gradients of sin(function(given)), in float64."""
+    loss = lambda given: jnp.sum(jnp.sin(function(given)))
+    grads = lambda given: jax.tree.leaves(jax.grad(loss, allow_int=True)(given))
+    size = lambda given: sum(jnp.sum(g**2) for g in grads(given) if g.dtype == jnp.float64)
+    found = jax.jit(jax.grad(size, allow_int=True))(given)
+    return [x for x in jax.tree.leaves(found) if x.dtype == jnp.float64]
 
 
 def agree(got, want, tolerance):
@@ -127,3 +176,8 @@ def _agree():
 @pytest.fixture(name="loops", scope="session")
 def _loops():
     return loops
+
+
+@pytest.fixture(name="slopes_of_slopes", scope="session")
+def _slopes_of_slopes():
+    return slopes_of_slopes

@@ -19,23 +19,6 @@ linear_memory = jax.jit(
 )
 
 
-def tokens(draw, shape, correlation=0.0, strongest=1.9):
-    """All array arguments; a few tokens forget everything, a few nothing."""
-    b, t, h, k, v, _ = shape
-    retain = draw.gate(b, t, h, low=0.8)
-    if t > 40:
-        retain = retain.at[:, 5].set(0).at[:, 9:20].set(1).at[:, 31:33].set(0)
-    return dict(
-        q=draw.normal(b, t, h, k),
-        k=draw.keys(b, t, h, k, correlation),
-        v=draw.normal(b, t, h, v),
-        retain=retain,
-        erase=draw.gate(b, t, h, high=strongest),
-        rate=draw.gate(b, t, h),
-        state=draw.normal(b, h, k, v),
-    )
-
-
 @functools.cache
 def form(gradients, implementation, block_size=None):
     """Both reads and the state, and all gradients."""
@@ -94,7 +77,7 @@ def test_reference_is_retnet_deltanet_and_gated_deltanet(draw, x64, agree):
 
 
 def test_reference_limits(draw, x64, agree):
-    given = tokens(draw, shapes.TESTS["whole-64"])
+    given = draw.linear_memory(shapes.TESTS["whole-64"])
     still = jnp.zeros_like(given["rate"])
     _, state = linear_memory(
         **given | dict(rate=still, erase=still, retain=still + 1), implementation="reference"
@@ -109,7 +92,7 @@ def test_reference_limits(draw, x64, agree):
 
 
 def test_reference_reads_before_its_write_at_chunk_start(draw, x64, agree):
-    given = tokens(draw, shapes.Shape(1, 6, 1, 3, 2))
+    given = draw.linear_memory(shapes.Shape(1, 6, 1, 3, 2))
     after, _ = linear_memory(**given, implementation="reference")
     before, _ = linear_memory(**given, read="chunk_start", implementation="reference")
     agree(before[:, 0], jnp.einsum("bhk,bhkv->bhv", given["q"][:, 0], given["state"]), 1e-14)
@@ -119,7 +102,7 @@ def test_reference_reads_before_its_write_at_chunk_start(draw, x64, agree):
 
 
 def test_reference_gradients_are_finite_differences(draw, x64):
-    given = tokens(draw, shapes.Shape(1, 4, 1, 3, 2))
+    given = draw.linear_memory(shapes.Shape(1, 4, 1, 3, 2))
     run = functools.partial(nlx_kernels.linear_memory, implementation="reference")
     check_grads(lambda a: run(**a), (given,), order=1, modes=["rev"], eps=1e-6)
 
@@ -131,14 +114,14 @@ def test_reference_gradients_are_finite_differences(draw, x64):
 def test_xla_is_the_reference(name, draw, gradients, x64, agree):
     shape = shapes.TESTS[name]
     for correlation in (0.0, 0.95, 1.0):
-        given = tokens(draw, shape, correlation)
+        given = draw.linear_memory(shape, correlation)
         given["segment_ids"] = draw.segments(shape.b, shape.t, share=0.1 * (correlation < 1))
         want = form(gradients, "reference")(given)
         agree(form(gradients, "xla", shape.block_size)(given), want, 1e-9)
 
 
 def test_block_size_and_missing_segments_change_nothing(draw, gradients, x64, agree):
-    given = tokens(draw, shapes.TESTS["ragged-100"])
+    given = draw.linear_memory(shapes.TESTS["ragged-100"])
     want = form(gradients, "reference")(given)
     for block_size in (1, 33, 200):
         agree(form(gradients, "xla", block_size)(given), want, 1e-9)
@@ -154,7 +137,7 @@ def test_block_size_and_missing_segments_change_nothing(draw, gradients, x64, ag
     ],
 )
 def test_low_precision(dtype, correlation, values, grads, draw, gradients, x64, agree):
-    given = tokens(draw, shapes.Shape(2, 100, 2, 16, 8), correlation)
+    given = draw.linear_memory(shapes.Shape(2, 100, 2, 16, 8), correlation)
     low = {
         name: x.astype(dtype if name in ("q", "k", "v") else jnp.float32)
         for name, x in given.items()
@@ -172,7 +155,7 @@ def test_low_precision(dtype, correlation, values, grads, draw, gradients, x64, 
 
 @pytest.mark.parametrize("implementation", ["reference", "xla"])
 def test_state_carries_any_split(implementation, draw, x64, agree):
-    given = tokens(draw, shapes.TESTS["ragged-63"])
+    given = draw.linear_memory(shapes.TESTS["ragged-63"])
     given["segment_ids"] = draw.segments(2, 63)
     run = functools.partial(linear_memory, implementation=implementation, block_size=16)
     want = run(**given)
@@ -190,7 +173,7 @@ def test_state_carries_any_split(implementation, draw, x64, agree):
 
 @pytest.mark.parametrize("implementation", ["reference", "xla"])
 def test_packed_segments_are_as_alone(implementation, draw, x64, agree):
-    given = tokens(draw, shapes.Shape(1, 40, 2, 4, 3, 16)) | dict(state=None)
+    given = draw.linear_memory(shapes.Shape(1, 40, 2, 4, 3, 16)) | dict(state=None)
     run = functools.partial(linear_memory, implementation=implementation, block_size=16)
     cuts = (0, 3, 20, 37, 40)
     ids = jnp.repeat(jnp.array([4, 9, 4, 2]), jnp.diff(jnp.array(cuts)))[None]

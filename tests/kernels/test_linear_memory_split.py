@@ -22,23 +22,6 @@ READS = ("after_write", "chunk_start")
 slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 
 
-def tokens(draw, shape, correlation=0.0):
-    """All array arguments; a few tokens forget everything, a few nothing."""
-    b, t, h, k, v, _ = shape
-    retain = draw.gate(b, t, h, low=0.8)
-    if t > 40:
-        retain = retain.at[:, 5].set(0).at[:, 9:20].set(1).at[:, 31:33].set(0)
-    return dict(
-        q=draw.normal(b, t, h, k),
-        k=draw.keys(b, t, h, k, correlation),
-        v=draw.normal(b, t, h, v),
-        retain=retain,
-        erase=draw.gate(b, t, h, high=1.9),
-        rate=draw.gate(b, t, h),
-        state=draw.normal(b, h, k, v),
-    )
-
-
 def split(given, pieces, **options):
     """The op on equal pieces, each as if it were on a device of its own."""
     state = given.get("state")
@@ -71,7 +54,7 @@ def test_pieces_are_the_whole(pieces, length, block_size, draw, gradients, x64, 
     shape = shapes.Shape(2, pieces * length, 2, 5, 3)
     edges = jnp.arange(shape.t) // length >= 2  # and one segment begins with the third piece
     for correlation, share in ((0.0, 0.05), (0.95, 0.02), (1.0, 0)):
-        given = tokens(draw, shape, correlation)
+        given = draw.linear_memory(shape, correlation)
         given["segment_ids"] = draw.segments(shape.b, shape.t, share) + 1000 * edges[None]
         want = form(gradients, None)(given)
         agree(form(gradients, pieces, block_size=block_size)(given), want, 1e-9)
@@ -79,7 +62,7 @@ def test_pieces_are_the_whole(pieces, length, block_size, draw, gradients, x64, 
 
 @pytest.mark.slow
 def test_no_segments_and_no_state(draw, gradients, x64, agree):
-    given = tokens(draw, shapes.Shape(1, 48, 1, 3, 4), 0.9)
+    given = draw.linear_memory(shapes.Shape(1, 48, 1, 3, 4), 0.9)
     del given["state"]
     agree(form(gradients, 4)(given), form(gradients, None)(given), 1e-9)
 
@@ -94,7 +77,7 @@ def test_no_segments_and_no_state(draw, gradients, x64, agree):
     ],
 )
 def test_low_precision(dtype, correlation, values, grads, draw, gradients, x64, agree):
-    given = tokens(draw, shapes.Shape(2, 96, 2, 16, 8), correlation)
+    given = draw.linear_memory(shapes.Shape(2, 96, 2, 16, 8), correlation)
     low = {
         name: x.astype(dtype if name in ("q", "k", "v") else jnp.float32)
         for name, x in given.items()
@@ -109,7 +92,7 @@ def test_low_precision(dtype, correlation, values, grads, draw, gradients, x64, 
 
 @pytest.mark.slow
 def test_kernels_serve_the_pieces(draw, gradients, x64, agree):
-    given = tokens(draw, shapes.Shape(1, 12, 1, 3, 2))
+    given = draw.linear_memory(shapes.Shape(1, 12, 1, 3, 2))
     options = dict(implementation="pallas_tpu", interpret=True, block_size=4)
     got = form(gradients, 2, READS[:1], **options)(given)
     agree(got, form(gradients, None, READS[:1])(given), 1e-9)
@@ -118,7 +101,7 @@ def test_kernels_serve_the_pieces(draw, gradients, x64, agree):
 @pytest.mark.parametrize("segments", [slow(False), True])
 def test_what_is_not_finite_is_as_in_the_whole(segments, draw):
     """It spoils what follows, pieces later too, up to the next segment; never a slope beyond it."""
-    given = tokens(draw, shapes.Shape(2, 12, 2, 4, 3))
+    given = draw.linear_memory(shapes.Shape(2, 12, 2, 4, 3))
     if segments:
         given["segment_ids"] = (jnp.arange(12)[None] >= 7) * jnp.ones((2, 1), jnp.int32)
     given["k"] = given["k"].at[0, 3, 1, 2].set(jnp.inf).at[1, 11, 0, 0].set(jnp.inf)
@@ -137,7 +120,7 @@ def test_what_is_not_finite_is_as_in_the_whole(segments, draw):
 @pytest.mark.parametrize("segments", [False, True])
 def test_a_state_that_is_not_finite_is_as_in_the_whole(segments, draw):
     """Without segments it stays in its column; what a segment begins in the last piece is clean."""
-    given = tokens(draw, shapes.Shape(2, 12, 2, 4, 3))
+    given = draw.linear_memory(shapes.Shape(2, 12, 2, 4, 3))
     if segments:
         given["segment_ids"] = (jnp.arange(12)[None] >= 10) * jnp.ones((2, 1), jnp.int32)
         given["k"] = given["k"].at[1, 3, 1, 2].set(jnp.inf)
@@ -156,8 +139,10 @@ def test_an_axis_that_is_none_is_refused(draw):
         "splits \\(here none\\)"
     )
     with pytest.raises(ValueError, match=sentence):
-        nlx_kernels.linear_memory_split(**tokens(draw, shapes.TESTS["token"]), axis_name="rows")
-    given = tokens(draw, shapes.TESTS["token"]) | dict(q=jnp.zeros((2, 3, 2, 5)))
+        nlx_kernels.linear_memory_split(
+            **draw.linear_memory(shapes.TESTS["token"]), axis_name="rows"
+        )
+    given = draw.linear_memory(shapes.TESTS["token"]) | dict(q=jnp.zeros((2, 3, 2, 5)))
     with pytest.raises(ValueError, match=r"linear_memory_split: k has shape .* with b=2, t=3"):
         jax.vmap(lambda _: nlx_kernels.linear_memory_split(**given, axis_name="a"), axis_name="a")(
             jnp.zeros(2)
@@ -183,7 +168,9 @@ def on_mesh(mesh, check_vma, **options):
 
 @pytest.mark.parametrize("check_vma", [True, False])
 def test_one_device_is_the_op(check_vma, draw):
-    given = jax.tree.map(lambda x: x.astype(jnp.float32), tokens(draw, shapes.TESTS["ragged-63"]))
+    given = jax.tree.map(
+        lambda x: x.astype(jnp.float32), draw.linear_memory(shapes.TESTS["ragged-63"])
+    )
     mesh = jax.make_mesh((1, 1), ("data", "sequence"), axis_types=AUTO, devices=jax.devices()[:1])
     got = jax.jit(on_mesh(mesh, check_vma))(given)
     want = jax.jit(lambda given: nlx_kernels.linear_memory(**given))(given)
@@ -196,7 +183,7 @@ def eight_devices():
 
     jax.config.update("jax_enable_x64", True)
     draw = Draw()
-    given = tokens(draw, shapes.Shape(2, 48, 2, 5, 3), 0.9)
+    given = draw.linear_memory(shapes.Shape(2, 48, 2, 5, 3), 0.9)
     given["segment_ids"] = draw.segments(2, 48, 0.05)
     want = gradients(lambda given: nlx_kernels.linear_memory(**given))(given)
     for shape, check_vma in (((1, 8), True), ((2, 4), False)):

@@ -12,23 +12,6 @@ from nlx_kernels.linear_memory import shapes
 READS = ("after_write", "chunk_start")
 
 
-def tokens(draw, shape, correlation=0.0):
-    """All array arguments; a few tokens forget everything, a few nothing."""
-    b, t, h, k, v, _ = shape
-    retain = draw.gate(b, t, h, low=0.8)
-    if t > 40:
-        retain = retain.at[:, 5].set(0).at[:, 9:20].set(1).at[:, 31:33].set(0)
-    return dict(
-        q=draw.normal(b, t, h, k),
-        k=draw.keys(b, t, h, k, correlation),
-        v=draw.normal(b, t, h, v),
-        retain=retain,
-        erase=draw.gate(b, t, h, high=1.9),
-        rate=draw.gate(b, t, h),
-        state=draw.normal(b, h, k, v),
-    )
-
-
 def call(arguments, implementation, block_size=None, read="after_write"):
     interpret = implementation == "pallas_tpu"
     return nlx_kernels.linear_memory(
@@ -50,7 +33,7 @@ def form(gradients, implementation, block_size=None, reads=READS):
 def test_kernels_are_the_reference(name, draw, gradients, x64, agree):
     shape = shapes.TESTS[name]
     for correlation in (0.0, 0.9, 1.0):
-        given = tokens(draw, shape, correlation)
+        given = draw.linear_memory(shape, correlation)
         given["segment_ids"] = draw.segments(shape.b, shape.t, share=0.1 * (correlation < 1))
         want = form(gradients, "reference")(given)
         agree(form(gradients, "pallas_tpu", shape.block_size)(given), want, 1e-9)
@@ -65,7 +48,7 @@ def test_kernels_are_the_reference(name, draw, gradients, x64, agree):
 )
 def test_low_precision(dtype, rows, draw, gradients, x64, agree):
     for correlation, values, grads in rows:
-        given = tokens(draw, shapes.Shape(2, 100, 2, 16, 8), correlation)
+        given = draw.linear_memory(shapes.Shape(2, 100, 2, 16, 8), correlation)
         low = {
             name: x.astype(dtype if name in ("q", "k", "v") else jnp.float32)
             for name, x in given.items()
@@ -79,7 +62,7 @@ def test_low_precision(dtype, rows, draw, gradients, x64, agree):
 
 
 def test_gradients_of_gradients_are_those_of_the_xla_form(draw, x64, agree):
-    given = tokens(draw, shapes.Shape(1, 9, 1, 3, 2))
+    given = draw.linear_memory(shapes.Shape(1, 9, 1, 3, 2))
 
     def slope(implementation, given):
         loss = lambda given: sum(jnp.sum(jnp.sin(x)) for x in call(given, implementation, 4))
@@ -91,7 +74,7 @@ def test_gradients_of_gradients_are_those_of_the_xla_form(draw, x64, agree):
 
 def test_segments_may_belong_to_a_trace_that_is_differentiated_from_outside(draw, x64, agree):
     """As where the layers of a model are a loop or a `jit`, and the gradient is taken outside."""
-    given = tokens(draw, shapes.Shape(2, 9, 1, 3, 2))
+    given = draw.linear_memory(shapes.Shape(2, 9, 1, 3, 2))
     ids = draw.segments(2, 9, share=0.3)
 
     def loss(implementation, given, ids):
@@ -102,7 +85,7 @@ def test_segments_may_belong_to_a_trace_that_is_differentiated_from_outside(draw
 
 
 def test_what_does_not_fit_is_refused(draw):
-    given = tokens(draw, shapes.Shape(1, 4096, 1, 256, 256))
+    given = draw.linear_memory(shapes.Shape(1, 4096, 1, 256, 256))
     lower = lambda given, block_size: jax.jit(
         lambda given: nlx_kernels.linear_memory(
             **given, block_size=block_size, implementation="pallas_tpu"
@@ -116,5 +99,5 @@ def test_what_does_not_fit_is_refused(draw):
 def test_float64_is_for_interpretation(draw, x64):
     with pytest.raises(ValueError, match="float64"):
         nlx_kernels.linear_memory(
-            **tokens(draw, shapes.TESTS["token"]), implementation="pallas_tpu"
+            **draw.linear_memory(shapes.TESTS["token"]), implementation="pallas_tpu"
         )

@@ -20,31 +20,6 @@ mlp_memory = jax.jit(
 LIMITS = dict(clip=0.5, bound=1.5)  # low enough to be met
 
 
-def tokens(draw, shape, correlation=0.0, momentum=True, erase=True, norm=False):
-    """All array arguments but the memory; a few tokens forget everything, a few nothing.
-
-    Forgetting everything under a norm leaves almost nothing to normalise: every digit lost there
-    is lost by both forms alike.
-    """
-    b, t, h, k, _, v, _ = shape
-    retain = draw.gate(b, t, h, low=0.8)
-    if t > 40:
-        retain = retain.at[:, 9:20].set(1)
-        retain = retain if norm else retain.at[:, 5].set(0).at[:, 31:33].set(0)
-    given = dict(
-        q=draw.normal(b, t, h, k),
-        k=draw.keys(b, t, h, k, correlation),
-        v=draw.normal(b, t, h, v),
-        rate=draw.gate(b, t, h, high=0.2),
-        retain=retain,
-    )
-    if momentum:
-        given["momentum"] = draw.gate(b, t, h, high=0.9)
-    if erase:
-        given["erase"] = draw.gate(b, t, h)
-    return given
-
-
 def start(draw, shape):
     return tuple(draw.normal(*size) / size[1] ** 0.5 for size in shape.weights)
 
@@ -98,7 +73,7 @@ def numpy_titans(q, k, v, w1, w2, rate, retain, momentum, erase, chunk):
 
 def test_reference_is_titans_by_hand(draw, x64, agree):
     shape = shapes.Shape(1, 8, 1, 3, (4,), 3, 3)
-    given, weights = tokens(draw, shape), start(draw, shape)
+    given, weights = draw.mlp_memory(shape), start(draw, shape)
     run = functools.partial(
         mlp_memory, **given, weights=weights, chunk_size=3, implementation="reference"
     )
@@ -115,7 +90,7 @@ def test_reference_is_titans_by_hand(draw, x64, agree):
 
 def test_reference_is_the_delta_rule_without_layers(draw, x64, agree):
     shape = shapes.Shape(2, 9, 2, 4, (), 3, 1)
-    given, weights = tokens(draw, shape, momentum=False, erase=False), start(draw, shape)
+    given, weights = draw.mlp_memory(shape, momentum=False, erase=False), start(draw, shape)
     y, state = mlp_memory(
         **given, weights=weights, chunk_size=1, residual=False, implementation="reference"
     )
@@ -126,7 +101,7 @@ def test_reference_is_the_delta_rule_without_layers(draw, x64, agree):
 
 def test_reference_limits(draw, x64, agree):
     shape = shapes.TESTS["ragged-63"]
-    given, weights = tokens(draw, shape), start(draw, shape)
+    given, weights = draw.mlp_memory(shape), start(draw, shape)
     still = jnp.zeros_like(given["rate"])
     given |= dict(rate=still, retain=still + 1, momentum=still, erase=still)
     y, state = mlp_memory(**given, weights=weights, chunk_size=16, implementation="reference")
@@ -139,7 +114,7 @@ def test_reference_limits(draw, x64, agree):
 
 def test_reference_gradients_are_finite_differences(draw, x64):
     shape = shapes.Shape(1, 4, 1, 3, (2,), 3, 2)
-    given = tokens(draw, shape) | dict(weights=start(draw, shape))
+    given = draw.mlp_memory(shape) | dict(weights=start(draw, shape))
 
     def run(given):
         options = dict(chunk_size=2, norm=True, implementation="reference")
@@ -152,7 +127,7 @@ def test_reference_gradients_are_finite_differences(draw, x64):
 @pytest.mark.parametrize("start_from", ["weights", "state"])
 def test_reference_segments_are_as_alone(start_from, draw, x64, agree):
     shape = shapes.Shape(2, 40, 2, 4, (5,), 4, 7)
-    given, weights = tokens(draw, shape), start(draw, shape)
+    given, weights = draw.mlp_memory(shape), start(draw, shape)
     run = functools.partial(mlp_memory, chunk_size=7, implementation="reference")
     first = dict(state=running(draw, shape)) if start_from == "state" else dict(weights=weights)
     cuts = (0, 3, 20, 37, 40)
@@ -190,7 +165,7 @@ def test_xla_is_the_reference(name, momentum, erase, options, draw, gradients, x
     reference = form(gradients, "reference", shape, **options)
     xla = form(gradients, "xla", shape, **options)
     for correlation in (0.0, 0.95, 1.0):
-        given = tokens(draw, shape, correlation, momentum, erase, options.get("norm", False))
+        given = draw.mlp_memory(shape, correlation, momentum, erase, options.get("norm", False))
         given["weights"] = start(draw, shape)
         agree(xla(given), reference(given), 1e-9)
 
@@ -198,7 +173,7 @@ def test_xla_is_the_reference(name, momentum, erase, options, draw, gradients, x
 @pytest.mark.parametrize("name", [pytest.param("token", marks=pytest.mark.slow), "ragged-63"])
 def test_xla_goes_on_from_any_position_and_resets(name, draw, gradients, x64, agree):
     shape = shapes.TESTS[name]
-    given = tokens(draw, shape) | dict(state=running(draw, shape), weights=start(draw, shape))
+    given = draw.mlp_memory(shape) | dict(state=running(draw, shape), weights=start(draw, shape))
     ids = draw.segments(shape.b, shape.t)
     filling = jnp.arange(shape.t) // shape.chunk_size  # segments that fill a window
     given["segment_ids"] = ids.at[0].set(filling.astype(ids.dtype))
@@ -210,7 +185,7 @@ def test_tiny_inputs_of_a_layer_keep_gradients_finite(draw, gradients, agree):
     shape = shapes.TESTS["ragged-63"]
     xla = form(gradients, "xla", shape)
     for length in (0.0, 1e-3, 1e-12, 1e-15, 1e-20, 1e-25):
-        given = tokens(draw, shape) | dict(weights=start(draw, shape))
+        given = draw.mlp_memory(shape) | dict(weights=start(draw, shape))
         given["k"] = given["k"] * length
         given = jax.tree.map(lambda x: x.astype(jnp.float32), given)
         for leaf in jax.tree.leaves(xla(given)):
@@ -252,7 +227,7 @@ def test_low_precision(draw, gradients, x64, agree):
         (jnp.bfloat16, 0.0, 1e-2, 2e-2),
         (jnp.bfloat16, 0.9, 3e-2, 5e-2),
     ):
-        given = tokens(draw, shape, correlation) | dict(weights=start(draw, shape))
+        given = draw.mlp_memory(shape, correlation) | dict(weights=start(draw, shape))
         low = jax.tree.map(lambda x: x.astype(jnp.float32), given)
         low |= {name: low[name].astype(dtype) for name in ("q", "k", "v")}
         outputs, slopes = xla(low)
@@ -267,7 +242,7 @@ def test_low_precision(draw, gradients, x64, agree):
 
 def test_xla_carries_any_split(draw, x64, agree):
     shape = shapes.TESTS["ragged-63"]
-    given, first = tokens(draw, shape), running(draw, shape)
+    given, first = draw.mlp_memory(shape), running(draw, shape)
     run = functools.partial(mlp_memory, chunk_size=16, implementation="xla")
     want = run(**given, state=first)
     for length in (7, 1):

@@ -13,30 +13,14 @@ SLOW = pytest.mark.slow
 LIMITS = dict(clip=0.5, bound=1.5)  # low enough to be met
 
 
-def tokens(draw, shape, correlation=0.0, momentum=True, erase=True, norm=False):
-    """All array arguments; a few tokens forget everything, a few nothing, but not under a norm."""
-    b, t, h, k, _, v, _ = shape
-    retain = draw.gate(b, t, h, low=0.8)
-    if t > 40:
-        retain = retain.at[:, 9:20].set(1)
-        retain = retain if norm else retain.at[:, 5].set(0).at[:, 31:33].set(0)
-    given = dict(
-        q=draw.normal(b, t, h, k),
-        k=draw.keys(b, t, h, k, correlation),
-        v=draw.normal(b, t, h, v),
-        rate=draw.gate(b, t, h, high=0.2),
-        retain=retain,
-    )
-    if momentum:
-        given["momentum"] = draw.gate(b, t, h, high=0.9)
-    if erase:
-        given["erase"] = draw.gate(b, t, h)
-    weights = tuple(draw.normal(*size) / size[1] ** 0.5 for size in shape.weights)
-    return given | dict(weights=weights)
-
-
 def floats(dtype, tree):
     return jax.tree.map(lambda x: x if x.dtype == jnp.int32 else x.astype(dtype), tree)
+
+
+def tokens(draw, shape, *arguments, **options):
+    """All array arguments."""
+    weights = tuple(draw.normal(*size) / size[1] ** 0.5 for size in shape.weights)
+    return draw.mlp_memory(shape, *arguments, **options) | dict(weights=weights)
 
 
 def running(draw, shape, momentum=True, position=None):
@@ -132,19 +116,16 @@ def test_whole_is_its_parts(cuts, draw, x64, agree):
 
 @SLOW
 @pytest.mark.parametrize("state", [False, True])
-def test_gradients_of_gradients_are_those_of_the_xla_form(state, draw, x64, agree):
+def test_gradients_of_gradients_are_those_of_the_xla_form(
+    state, draw, x64, agree, slopes_of_slopes
+):
     shape = shapes.Shape(1, 4, 1, 2, (), 2, 2)
     given = tokens(draw, shape, momentum=state)
     given |= dict(weights=None, state=running(draw, shape)) if state else {}
 
-    def slope(implementation):
-        loss = lambda given: jnp.sum(jnp.sin(call(given, implementation, shape)[0]))
-        grads = lambda given: jax.tree.leaves(jax.grad(loss, allow_int=True)(given))
-        size = lambda given: sum(jnp.sum(g**2) for g in grads(given) if g.dtype == jnp.float64)
-        slopes = jax.jit(jax.grad(size, allow_int=True))(given)
-        return [x for x in jax.tree.leaves(slopes) if x.dtype == jnp.float64]
-
-    agree(slope("pallas_tpu"), slope("xla"), 1e-9)
+    read = lambda form: lambda given: call(given, form, shape)[0]
+    found = [slopes_of_slopes(read(form), given) for form in ("pallas_tpu", "xla")]
+    agree(*found, 1e-9)
 
 
 @pytest.mark.parametrize(

@@ -136,19 +136,16 @@ def test_whole_is_its_parts(cuts, draw, x64, agree):
 
 @SLOW
 @pytest.mark.parametrize("state", [False, True])
-def test_gradients_of_gradients_are_those_of_the_xla_form(state, draw, x64, agree):
+def test_gradients_of_gradients_are_those_of_the_xla_form(
+    state, draw, x64, agree, slopes_of_slopes
+):
     shape = shapes.Shape(1, 2, 1, 2, 1, 1, 1)
     given = tokens(draw, shape, momentum=state)
     given |= dict(state=running(draw, shape, momentum=True)) if state else {}
 
-    def slope(implementation):
-        loss = lambda given: jnp.sum(jnp.sin(call(given, implementation, shape)[0]))
-        grads = lambda given: jax.tree.leaves(jax.grad(loss, allow_int=True)(given))
-        size = lambda given: sum(jnp.sum(g**2) for g in grads(given) if g.dtype == jnp.float64)
-        slopes = jax.jit(jax.grad(size, allow_int=True))(given)
-        return [x for x in jax.tree.leaves(slopes) if x.dtype == jnp.float64]
-
-    agree(slope("pallas_tpu"), slope("xla"), 1e-9)
+    read = lambda form: lambda given: call(given, form, shape)[0]
+    found = [slopes_of_slopes(read(form), given) for form in ("pallas_tpu", "xla")]
+    agree(*found, 1e-9)
 
 
 @pytest.mark.parametrize(
