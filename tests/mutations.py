@@ -1151,8 +1151,8 @@ MUTATIONS = (
     Mutation(
         "that a state is counted once",
         f"{EXPERIMENTS}/recall.py",
-        '{".chunk_start"}',
-        "set()",
+        'return ".chunk_start" not in path and ',
+        "return ",
         "experiments/test_recall.py",
     ),
     Mutation(

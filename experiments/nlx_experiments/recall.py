@@ -115,7 +115,7 @@ def contestants(
         kind = "cms" if mixer == "self_modifying" else "swiglu"
         rest: dict[str, Any] = dict(vocabulary=2, layers=1, hidden=1, cms_periods=(1,))
         given = dict(width=32, heads=1, chunk_size=chunk, projection_chunk_size=chunk)
-        return nn.ModelConfig(mixer=mixer, feed_forward=kind, **rest, **{**given, **fields})
+        return nn.ModelConfig(mixer=mixer, feed_forward=kind, **{**rest, **given, **fields})
 
     def whole(made: nn.ModelConfig) -> nn.ModelConfig:
         return equal(dataclasses.replace(made, vocabulary=vocabulary), parameters, decoded)
@@ -150,8 +150,8 @@ def contestants(
         },
         "ttt": {f"linear, C = {n}": wide("ttt_linear", chunk_size=n) for n in (chunk, 4 * chunk)},
         "transformer": {
-            "one head": whole(config("attention", width=64)),
-            "two heads": whole(config("attention", width=64, heads=2)),
+            "one layer": whole(config("attention", width=64, heads=2)),
+            "two layers": whole(config("attention", width=48, heads=2, layers=2)),
         },
     }
 
