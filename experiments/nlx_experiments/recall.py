@@ -211,7 +211,7 @@ def row(task: Task, plan: Plan, state: int, parameters: int) -> Row:
 
 
 def tiny() -> dict[str, Row]:
-    """Rows of 8, states of 2 KiB."""
+    """Rows of 8, states of 8 KiB."""
     plan = Plan(
         bins={"fresh": (8, 8)}, shortest=8, stages=((0, 8),), steps=2, every=1, seeds=1, rows=4,
         rates=(1e-2,), validated=8, tested=8, round_to=8,
@@ -222,7 +222,7 @@ def tiny() -> dict[str, Row]:
         {
             name: dict(list(variants.items())[:1])
             for name, variants in contestants(
-                task.vocabulary, 2**11, 12_000, 4, 8 if task.compressed else 0
+                task.vocabulary, 2**13, 50_000, 4, 8 if task.compressed else 0
             ).items()
             if name in models
         },

@@ -234,8 +234,8 @@ def row(task: Task, plan: Plan, models: Mapping[str, Mapping[str, nn.ModelConfig
 
 def tiny() -> dict[str, Row]:
     """Parity in rows of 8."""
-    base = dict(vocabulary=4, width=8, heads=2, layers=1, memory_hidden=4)
-    models = contestants(base, 4_000)
+    base = dict(vocabulary=4, width=16, heads=2, layers=1, memory_hidden=4)
+    models = contestants(base, 10_000)
     few = {name: dict(list(models[name].items())[-1:]) for name in ("transformer", "hope")}
     plan = Plan(
         bins={"2 to 6": (2, 6), "7 to 8": (7, 8)}, shortest=2, stages=((0, 8),), steps=4, every=2,
