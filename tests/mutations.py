@@ -1163,6 +1163,13 @@ MUTATIONS = (
         OF_REASONING,
     ),
     Mutation(
+        "the mean of trainings that tie",
+        f"{EXPERIMENTS}/sequence_experiment.py",
+        "for value, seed, found in trainings if value == most]",
+        "for value, seed, found in trainings if value == most][:1]",
+        OF_TABLES,
+    ),
+    Mutation(
         "that a training must be right in all bins to have solved a task",
         f"{EXPERIMENTS}/sequence_experiment.py",
         "min(shares) == 1\n        for record",

@@ -52,6 +52,9 @@ REMOVED: Mapping[str, Mapping[str, Any]] = {
     "w/o inner-projection v": dict(adaptive_value=False),
     "w/o inner-projection q": dict(adaptive_query=False),
 }
+FULL = dict(width=64, heads=2, layers=1, memory_hidden=16)
+OF_GPU = dict(width=512, heads=8, layers=8, memory_hidden=64)
+TINY = dict(width=16, heads=1, layers=1, memory_hidden=4)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -102,11 +105,6 @@ def main(options: Ablation) -> dict[str, Any]:
         rows["parity"] = rows["parity"]._replace(models=alone)
     name = "ablation-gpu" if isinstance(options, Gpu) else "ablation"
     return experiment.run(options, name, rows, shown)
-
-
-FULL = dict(width=64, heads=2, layers=1, memory_hidden=16)
-OF_GPU = dict(width=512, heads=8, layers=8, memory_hidden=64)
-TINY = dict(width=16, heads=1, layers=1, memory_hidden=4)
 
 
 def variants(vocabulary: int, size: Mapping[str, Any] = FULL) -> dict[str, nn.ModelConfig]:
@@ -187,14 +185,16 @@ def shown(results: Mapping[str, Any]) -> str:
         theirs = perplexity - PAPER["Hope"][0], PAPER["Hope"][1] - accuracy
         of_text = compared(bits, row, theirs[0], lambda x: f"{x:+.3f}")
         of_parity = compared(wrong, row, theirs[1], lambda x: f"{100 * x:+.1f}")
-        shown = [experiment.interval(parity[row][b]["rows"]) for b in bins] if row in parity else []
+        shares = (
+            [experiment.interval(parity[row][b]["rows"]) for b in bins] if row in parity else []
+        )
         lines.append(
             (
                 row,
                 f"{statistics.fmean(bits[row]):.3f}" if row in bits else "",
                 *of_text,
                 f"{perplexity:.2f}" + ("" if row == "Hope" else f" ({theirs[0]:+.2f})"),
-                " / ".join(shown),
+                " / ".join(shares),
                 *of_parity,
                 f"{accuracy:.1f}" + ("" if row == "Hope" else f" ({-theirs[1]:+.1f})"),
             )
@@ -228,6 +228,8 @@ def difference(row: list[float], whole: list[float]) -> tuple[float, float]:
 
 def verdict(worse: float, error: float, paper: float) -> str:
     """Whether a difference has the paper's sign, beyond two standard errors."""
+    if not math.isfinite(worse):
+        return "a training diverged"
     if abs(worse) <= 2 * error:
         return "within the noise"
     return "yes" if (worse > 0) == (paper > 0) else "no"

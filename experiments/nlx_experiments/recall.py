@@ -7,9 +7,10 @@ command    nlx run recall [--only TASK ...] [--models MODEL ...]
 shows      the share of answers that are right, at equal bytes of state and equal parameters: MAD's
            five tasks (Poli et al., 2024; Behrouz et al., 2025, Table 4), and multi-query recall
            of more and more pairs with states of one, two and four times the bytes
-takes      not run yet; a model that is stopped begins anew, finished ones are kept
-expects    meant, and not shown yet: Hope in the mean at least level with Titans, and above
-           DeltaNet, Gated DeltaNet and TTT
+takes      not run whole yet (three tasks of nine); a cell half a minute to four minutes of one
+           core, beside other work; a model that is stopped begins anew, finished ones are kept
+expects    of the three tasks that were run: Hope above Titans in the mean, level with TTT, below
+           DeltaNet and Gated DeltaNet
 
 A model's state is what one row carries from a chunk to the next, convolutions included. Linear
 memories have the width that comes nearest to the bytes; Titans and Hope a width of 32 or 64 and the
@@ -157,7 +158,7 @@ def contestants(
 
 
 class Size(NamedTuple):
-    """Of an experiment: tokens of a row, parameters at STATE bytes of state, steps, multi-query."""
+    """Of an experiment: tokens of a row, parameters at `state` bytes, steps, multi-query."""
 
     length: int
     parameters: int

@@ -279,16 +279,21 @@ def best(variants: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
 
 
 def best_training(variants: Mapping[str, Any]) -> dict[str, dict[str, float]]:
-    """Of all seeds, rates and variants the one that did best on validation rows: bin -> shares."""
+    """Of all seeds, rates and variants the one that did best on validation rows: bin -> shares.
+
+    Those that tie are all as good as can be known without the test rows: then their mean.
+    """
     trainings = [
         (value, seed, found)
         for record in variants.values()
         for found in record["rates"].values()
         for seed, value in enumerate(found["validations"])
     ]
-    _, seed, found = max(trainings, key=lambda training: training[0])
-    bins = {b: shares for b, shares in found.items() if isinstance(shares, Mapping)}
-    return {b: {name: s[name][seed] for name in contest.MEASURES} for b, s in bins.items()}
+    most = max(value for value, _, _ in trainings)
+    tied = [(seed, found) for value, seed, found in trainings if value == most]
+    bins = [b for b, shares in tied[0][1].items() if isinstance(shares, Mapping)]
+    mean = lambda b, name: statistics.fmean(found[b][name][seed] for seed, found in tied)
+    return {b: {name: mean(b, name) for name in ("rows", "tokens")} for b in bins}
 
 
 def solved(variants: Mapping[str, Any], bins: Sequence[str], measure: str = "rows") -> str:

@@ -48,4 +48,5 @@ def test_a_sign_is_only_told_beyond_the_noise():
     assert ablation.verdict(-0.1, 0.01, 1.2) == "no"
     assert ablation.verdict(-0.1, 0.01, -0.05) == "yes"
     assert ablation.verdict(0.01, 0.01, 1.2) == "within the noise"
+    assert ablation.verdict(float("nan"), 0.01, 1.2) == "a training diverged"
     assert ablation.difference([2.0, 3.0, 4.0], [1.0, 2.0, 3.0]) == (1, 0)

@@ -181,6 +181,14 @@ def test_the_tiny_experiment_runs(name, tmp_path, monkeypatch):
     assert (folder / f"{name}.png").stat().st_size > 5_000
 
 
+def test_trainings_that_tie_on_validation_rows_are_shown_by_their_mean(record):
+    found = record["rates"]["0.03"] | {"long": {"rows": [1, 0.5], "tokens": [1, 0.75]}}
+    variants = {"one": record | {"rates": {"0.03": found}}}
+    assert sequence_experiment.best_training(variants)["long"] == {"rows": 0.75, "tokens": 0.875}
+    found["validations"] = [1.0, 1.1]
+    assert sequence_experiment.best_training(variants)["long"] == {"rows": 0.5, "tokens": 0.75}
+
+
 def test_solved_are_the_trainings_that_are_right_in_all_bins(record):
     variants = {"one": record, "two": record}
     assert sequence_experiment.solved(variants, ["short", "long"]) == "4 of 8"
