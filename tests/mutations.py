@@ -1164,14 +1164,14 @@ MUTATIONS = (
     ),
     Mutation(
         "the mean of trainings that tie",
-        f"{EXPERIMENTS}/sequence_experiment.py",
+        f"{EXPERIMENTS}/sequence_table.py",
         "for value, seed, found in trainings if value == most]",
         "for value, seed, found in trainings if value == most][:1]",
         OF_TABLES,
     ),
     Mutation(
         "that a training must be right in all bins to have solved a task",
-        f"{EXPERIMENTS}/sequence_experiment.py",
+        f"{EXPERIMENTS}/sequence_table.py",
         "min(shares) == 1\n        for record",
         "max(shares) == 1\n        for record",
         OF_TABLES,

@@ -24,7 +24,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from nlx import nn
-from nlx_experiments import data, formal_languages
+from nlx_experiments import data, formal_languages, sequence_table
 from nlx_experiments import sequence_experiment as experiment
 from nlx_experiments.sequence_contest import Plan, equal
 from nlx_experiments.sequence_experiment import Options, Row
@@ -168,7 +168,7 @@ def tiny_plans() -> dict[str, Plan]:
 def shown(results: Mapping[str, Any]) -> str:
     """Every row against the whole: by how much worse, and what the paper has."""
     found = {
-        task: {row: experiment.best(v)[1] for row, v in entry["models"].items()}
+        task: {row: sequence_table.best(v)[1] for row, v in entry["models"].items()}
         for task, entry in results.items()
     }
     bits = {
@@ -186,7 +186,7 @@ def shown(results: Mapping[str, Any]) -> str:
         of_text = compared(bits, row, theirs[0], lambda x: f"{x:+.3f}")
         of_parity = compared(wrong, row, theirs[1], lambda x: f"{100 * x:+.1f}")
         shares = (
-            [experiment.interval(parity[row][b]["rows"]) for b in bins] if row in parity else []
+            [sequence_table.interval(parity[row][b]["rows"]) for b in bins] if row in parity else []
         )
         lines.append(
             (
@@ -202,8 +202,8 @@ def shown(results: Mapping[str, Any]) -> str:
     columns = ("", "bits per byte", "worse by", "same sign?", "paper: perplexity")
     columns += (f"parity, rows of {' / '.join(bins)}", "fewer long rows by", "same sign?")
     table = experiment.report.Table("", (*columns, "paper: accuracy"), lines).markdown()
-    parts = [table, *experiment.control(results), "The whole grid:"]
-    return "\n\n".join([*parts, experiment.grid(results).markdown()])
+    parts = [table, *sequence_table.control(results), "The whole grid:"]
+    return "\n\n".join([*parts, sequence_table.grid(results).markdown()])
 
 
 def compared(

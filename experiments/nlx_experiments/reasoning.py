@@ -42,7 +42,7 @@ import numpy as np
 from jaxtyping import Float
 
 from nlx import nn
-from nlx_experiments import facts_tasks, function_tasks, report
+from nlx_experiments import facts_tasks, function_tasks, report, sequence_table
 from nlx_experiments import sequence_experiment as experiment
 from nlx_experiments.sequence_contest import Plan, equal
 from nlx_experiments.sequence_experiment import Line, Options, Row
@@ -281,14 +281,14 @@ def shown(results: Mapping[str, Any], picture: str = "results/reasoning-curves.p
             "After so many examples:",
             f"![share right against examples seen]({picture})",
         ]
-    parts += [*experiment.control(results), "The whole grid:"]
-    return "\n\n".join([*parts, experiment.grid(results, "tokens").markdown()])
+    parts += [*sequence_table.control(results), "The whole grid:"]
+    return "\n\n".join([*parts, sequence_table.grid(results, "tokens").markdown()])
 
 
 def verdicts(task: Mapping[str, Any]) -> list[str]:
     """What each further level brings, seed against seed of the same model with one level."""
     bins = list(task["plan"]["bins"])
-    found = {m: experiment.best(v)[1] for m, v in task["models"].items() if "level" in m}
+    found = {m: sequence_table.best(v)[1] for m, v in task["models"].items() if "level" in m}
     lines = []
     for model in found:
         alone = f"{model.split(',')[0]}, 1 level"
@@ -323,14 +323,14 @@ def _curved(task: Mapping[str, Any]) -> bool:
 
 def _some(task: Mapping[str, Any]) -> Mapping[str, Any]:
     """What one model has shown."""
-    return experiment.best(next(iter(task["models"].values())))[1]
+    return sequence_table.best(next(iter(task["models"].values())))[1]
 
 
 def _by_bin(task: Mapping[str, Any]) -> report.Table:
     """Models and lines down, bins across."""
     bins = list(task["plan"]["bins"])
     rows: list[tuple] = [
-        (m, *(experiment.interval(experiment.best(v)[1][b]["tokens"]) for b in bins))
+        (m, *(sequence_table.interval(sequence_table.best(v)[1][b]["tokens"]) for b in bins))
         for m, v in task["models"].items()
     ]
     for name, line in task.get("lines", {}).items():
@@ -351,7 +351,7 @@ def plot(path: pathlib.Path, results: Mapping[str, Any]) -> None:
         axes.set_visible(False)
     for axes, (task, b) in zip(grid.flat, panels, strict=False):
         for n, (model, variants) in enumerate(task["models"].items()):
-            curve = experiment.best(variants)[1][b]["curve"]
+            curve = sequence_table.best(variants)[1][b]["curve"]
             solid = "-" if "level" in model else "--"
             colour = report.COLOURS[n % len(report.COLOURS)]
             axes.plot(curve, solid, color=colour, linewidth=1.4, label=model)

@@ -35,6 +35,7 @@ from flax import nnx
 from nlx import nn
 from nlx_experiments import recall_tasks as tasks
 from nlx_experiments import sequence_experiment as experiment
+from nlx_experiments import sequence_table
 from nlx_experiments.sequence_contest import Plan, equal
 from nlx_experiments.sequence_experiment import Options, Row
 from nlx_experiments.sequence_tasks import Task
@@ -239,19 +240,19 @@ def shown(results: Mapping[str, Any]) -> str:
 
     def cell(task: str, model: str, found: Mapping[str, Any]) -> str:
         paper = PAPER[model][MAD.index(task)] if model in PAPER and task in MAD else None
-        ours = experiment.interval(found["fresh"]["tokens"])
+        ours = sequence_table.interval(found["fresh"]["tokens"])
         return ours if paper is None else f"{ours} [{paper:g}]"
 
     chance = ", ".join(f"{n} {100 * r['chance']['fresh']:.1f}" for n, r in results.items())
     parts = [
         "Answers that are right, in percent, mean of the seeds (lowest to highest); in square "
         "brackets Table 4 of the paper, whose rows and models are larger:",
-        experiment.table(results, cell).markdown(),
+        sequence_table.table(results, cell).markdown(),
         f"Chance: {chance}.",
         *verdicts(results),
-        *experiment.control(results),
+        *sequence_table.control(results),
         "The whole grid:",
-        experiment.grid(results, "tokens").markdown(),
+        sequence_table.grid(results, "tokens").markdown(),
     ]
     return "\n\n".join(parts)
 
@@ -260,7 +261,7 @@ def verdicts(results: Mapping[str, Any]) -> list[str]:
     """Hope against each rival: the mean over cells, and in how many it is ahead, level, behind."""
     means = {
         task: {
-            model: sum(shares := experiment.best(v)[1]["fresh"]["tokens"]) / len(shares)
+            model: sum(shares := sequence_table.best(v)[1]["fresh"]["tokens"]) / len(shares)
             for model, v in row["models"].items()
         }
         for task, row in results.items()

@@ -39,6 +39,7 @@ from typing import Any, Literal
 from nlx import nn
 from nlx_experiments import formal_languages as languages
 from nlx_experiments import sequence_experiment as experiment
+from nlx_experiments import sequence_table
 from nlx_experiments.sequence_contest import Plan, equal
 from nlx_experiments.sequence_experiment import Options, Row
 from nlx_experiments.sequence_tasks import Task
@@ -252,16 +253,16 @@ def shown(results: Mapping[str, Any]) -> str:
 
     def both(task: str, model: str, found: Mapping[str, Any]) -> str:
         bins = results[task]["plan"]["bins"]
-        ours = "/".join(experiment.percent(found[b]["rows"]) for b in bins)
-        best = experiment.best_training(results[task]["models"][model])
-        if (alone := "/".join(experiment.percent([best[b]["rows"]]) for b in bins)) != ours:
+        ours = "/".join(sequence_table.percent(found[b]["rows"]) for b in bins)
+        best = sequence_table.best_training(results[task]["models"][model])
+        if (alone := "/".join(sequence_table.percent([best[b]["rows"]]) for b in bins)) != ours:
             ours += f" [{alone}]"
         paper = PAPER.get(OURS.get(model, ""))
         name = "parity" if task == LONGER else task
         return f"{ours} ({paper[columns.index(name)]})" if paper and name in columns else ours
 
     parts = []
-    whole = lambda task, model, found: experiment.solved(
+    whole = lambda task, model, found: sequence_table.solved(
         results[task]["models"][model], list(results[task]["plan"]["bins"])
     )
     if formal:
@@ -270,7 +271,7 @@ def shown(results: Mapping[str, Any]) -> str:
             "the seeds; in square brackets of the one training of the grid that did best on "
             "validation rows (of several that tie the mean), where that is another number; in "
             "round ones Table 5 of the paper, which shows the best of a grid:",
-            experiment.table(formal, both).markdown(),
+            sequence_table.table(formal, both).markdown(),
             "RetNet, a linear transformer that forgets, stands beside the paper's linear "
             "transformer; DeltaNet's cells may be those of rates to 2. Models of the paper that "
             "are not run here: "
@@ -280,24 +281,24 @@ def shown(results: Mapping[str, Any]) -> str:
             "rows, in percent, and in next to no whole row: " + _chance(formal),
             "Trainings of the grid (every seed, rate and variant) that are right in all test rows "
             "of both bins:",
-            experiment.table(formal, whole).markdown(),
+            sequence_table.table(formal, whole).markdown(),
         ]
     if LONGER in results:
         parts += [
             "Is the protocol too hard on the rivals? Parity with 6,000 steps instead of 800, one "
             "variant each:",
-            experiment.table({LONGER: results[LONGER]}, both).markdown(),
+            sequence_table.table({LONGER: results[LONGER]}, both).markdown(),
         ]
     if words:
         bins = " / ".join(next(iter(words.values()))["plan"]["bins"])
         parts += [
             f"Word problems, rows of {bins} symbols (trained on up to 8):",
-            experiment.table(words, both).markdown(),
+            sequence_table.table(words, both).markdown(),
             "Trainings that are right in all test rows of all bins:",
-            experiment.table(words, whole).markdown(),
+            sequence_table.table(words, whole).markdown(),
         ]
-    parts += [*experiment.control(results), "The whole grid:"]
-    return "\n\n".join([*parts, experiment.grid(results).markdown()])
+    parts += [*sequence_table.control(results), "The whole grid:"]
+    return "\n\n".join([*parts, sequence_table.grid(results).markdown()])
 
 
 def _chance(results: Mapping[str, Any]) -> str:

@@ -6,7 +6,7 @@ import json
 
 import numpy as np
 import pytest
-from nlx_experiments import run, sequence_contest, sequence_experiment
+from nlx_experiments import run, sequence_contest, sequence_experiment, sequence_table
 from nlx_experiments.errors import Refused, Stopped
 from nlx_experiments.sequence_contest import Plan
 from nlx_experiments.sequence_experiment import Options, Row
@@ -82,8 +82,8 @@ def rows(record, monkeypatch):
 
 
 def table(results):
-    cell = lambda task, model, found: sequence_experiment.interval(found["long"]["rows"])
-    return sequence_experiment.table(results, cell).markdown()
+    cell = lambda task, model, found: sequence_table.interval(found["long"]["rows"])
+    return sequence_table.table(results, cell).markdown()
 
 
 def test_an_experiment_runs_what_is_missing_and_shows_the_best_variant(rows, tmp_path):
@@ -104,7 +104,7 @@ def test_an_experiment_runs_what_is_missing_and_shows_the_best_variant(rows, tmp
     written = json.loads((tmp_path / "out/results/trial.json").read_text())
     assert set(written["tasks"]["plus one"]["models"]["two"]) == {"narrow", "wide"}
     assert (tmp_path / "out/results/trial.png").stat().st_size > 5_000
-    grid = sequence_experiment.grid(results).markdown()
+    grid = sequence_table.grid(results).markdown()
     assert "| plus one | two | wide | 0.03 | **100 / 100** |" in grid
     assert "| plus one | two | narrow | 0.03 | 100 / 85 (70 to 100) |" in grid
     fewer = {"plus one": made["plus one"]._replace(models={"one": {"": CONFIG}})}
@@ -132,16 +132,16 @@ def test_the_control_is_trained_on_answers_of_other_rows(record, tmp_path, monke
         ("plus one, one", "plus one", PLAN.rates, 900),
         ("plus one, control", "plus one, shuffled", PLAN.rates[-1:], 200),
     ]
-    (text,) = sequence_experiment.control(results)
+    (text,) = sequence_table.control(results)
     chance = "/".join(f"{100 * record['chance'][b]:.1f}" for b in ("short", "long"))
     assert f"plus one 100.0/100.0 ({chance})." in text
     assert text.endswith("above it: plus one.")
     found = record["rates"]["0.03"] | {b: {"tokens": [0.3, 0.2]} for b in PLAN.bins}
     told = record | {"rates": {"0.03": found}}
     plan = dataclasses.asdict(PLAN)
-    (text,) = sequence_experiment.control({"a": {"plan": plan, "control": told}, "b": {}})
+    (text,) = sequence_table.control({"a": {"plan": plan, "control": told}, "b": {}})
     assert text.endswith("above it: none. Not run for b.")
-    assert sequence_experiment.control({"plus one": {"plan": {"bins": {}}}}) == []
+    assert sequence_table.control({"plus one": {"plan": {"bins": {}}}}) == []
     options = Options(runs=tmp_path / "other", place=tmp_path / "elsewhere", models=("one",))
     results = sequence_experiment.run(options, "trial", {"plus one": row}, table)
     assert len(seen) == 3
@@ -159,9 +159,9 @@ def test_unknown_tasks_and_models_are_one_sentence(rows, tmp_path):
 
 
 def test_percent_is_100_only_where_every_row_is_right():
-    assert sequence_experiment.percent([1, 1]) == "100"
-    assert sequence_experiment.percent([1, 0.9999]) == "99.9"
-    assert sequence_experiment.percent([0.5, 0.25]) == "37.5"
+    assert sequence_table.percent([1, 1]) == "100"
+    assert sequence_table.percent([1, 0.9999]) == "99.9"
+    assert sequence_table.percent([0.5, 0.25]) == "37.5"
 
 
 @pytest.mark.parametrize(
@@ -184,15 +184,15 @@ def test_the_tiny_experiment_runs(name, tmp_path, monkeypatch):
 def test_trainings_that_tie_on_validation_rows_are_shown_by_their_mean(record):
     found = record["rates"]["0.03"] | {"long": {"rows": [1, 0.5], "tokens": [1, 0.75]}}
     variants = {"one": record | {"rates": {"0.03": found}}}
-    assert sequence_experiment.best_training(variants)["long"] == {"rows": 0.75, "tokens": 0.875}
+    assert sequence_table.best_training(variants)["long"] == {"rows": 0.75, "tokens": 0.875}
     found["validations"] = [1.0, 1.1]
-    assert sequence_experiment.best_training(variants)["long"] == {"rows": 0.5, "tokens": 0.75}
+    assert sequence_table.best_training(variants)["long"] == {"rows": 0.5, "tokens": 0.75}
 
 
 def test_solved_are_the_trainings_that_are_right_in_all_bins(record):
     variants = {"one": record, "two": record}
-    assert sequence_experiment.solved(variants, ["short", "long"]) == "4 of 8"
+    assert sequence_table.solved(variants, ["short", "long"]) == "4 of 8"
     late = record["rates"]["0.03"] | {"long": {"rows": [1, 0.999]}}
     variants["two"] = record | {"rates": {"0.03": late}}
-    assert sequence_experiment.solved(variants, ["short", "long"]) == "3 of 6"
-    assert sequence_experiment.solved(variants, ["short"]) == "4 of 6"
+    assert sequence_table.solved(variants, ["short", "long"]) == "3 of 6"
+    assert sequence_table.solved(variants, ["short"]) == "4 of 6"
