@@ -5,8 +5,8 @@ command    nlx run babilong [--only TASK ...] [--models MODEL ...] [--longest N]
            nlx run babilong-tiny: next to nothing of it, in seconds; babilong-gpu: three facts too,
            rows of up to 1,048,576, a stream of ten million, models of width 128, for a GPU
 shows      the share of answers that are right, of models trained on rows of at most 192 symbols, in
-           rows of up to `longest`; and the memory of a process in which each reads a stream of
-           `streamed` symbols
+           rows of up to `longest`; and the memory of the process while those of the first task read
+           a stream of `streamed` symbols
 takes      not run yet; a model that is stopped begins anew, finished ones are kept
 expects    meant, and not shown yet: Hope in the mean at least level with Titans and above DeltaNet
            and Gated DeltaNet; accuracy at 1,048,576 symbols (`--longest 1048576`); memory that is
@@ -43,6 +43,7 @@ from nlx_experiments.sequence_reading import read
 ATTENTION = 16_384  # symbols that attention is examined up to
 MARKS = tuple(10**n for n in range(3, 8))  # of the stream
 AT_ONCE = 2**19  # symbols of the rows of a length, within 8 and 64 rows
+SEEN = 2**26  # pairs of symbols that attention compares at once
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,7 +51,7 @@ class Babilong(Options):
     """Questions on facts scattered among text."""
 
     runs: pathlib.Path = pathlib.Path("runs/babilong")
-    longest: int = 131_072
+    longest: int = 65_536
     """Rows that are examined, at most."""
     streamed: int = 1_000_000
     """Symbols of the stream."""
@@ -156,6 +157,7 @@ def full(
             f"{lengths} {size.piece} {streamed}",
             functools.partial(examine, supporting, parts[2], lengths, size.piece, streamed),
         )
+        streamed = 0  # memory is the same whatever is asked
         rows[task.name] = Row(task, plan, models, {}, models["deltanet"][""], exam)
     return rows
 
@@ -173,21 +175,23 @@ def examine(
     """{"right": length -> share right by seed, "rows": length -> rows, "stream": see `stream`}.
 
     supporting, text: of the task. lengths: examined. piece: symbols read at once. streamed: symbols
-    of the stream. model, weights, leave: as of an `Exam`.
+    of the stream, 0: none is read. model, weights, leave: as of an `Exam`.
     """
-    limit = ATTENTION if "attention" in model.mixers else max(lengths)
+    attends = "attention" in model.mixers
+    limit = ATTENTION if attends else max(lengths)
     measured: dict[str, Any] = {"right": {}, "rows": {}}
     for length in (n for n in lengths if n <= limit):
         rows = min(64, max(8, AT_ONCE // length))
         generator = np.random.default_rng((supporting, length))
         story = scattered_tasks.stories(supporting, generator, rows, length, text)
-        given = scattered_tasks.pieces(story, text, min(piece, length))
+        size = min(piece, length, max(1, SEEN // (rows * length)) if attends else length)
+        given = scattered_tasks.pieces(story, text, size)
         for last in read(model, weights, given, capacity=length, leave=leave):
             right = last.right  # the question ends the row
         shares = right[:, :, -1].mean(1)
         measured["right"][str(length)] = [round(float(share), 4) for share in shares]
         measured["rows"][str(length)] = rows
-    if "attention" not in model.mixers:
+    if streamed and not attends:
         one = jax.tree.map(lambda leaf: leaf[:1], weights)
         measured["stream"] = stream(supporting, text, piece, streamed, model, one, leave)
     return measured

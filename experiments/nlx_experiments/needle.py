@@ -214,12 +214,15 @@ def examine(
     model: nn.ModelConfig,
     weights: PyTree[Array],
     leave: Callable[[], None],
-) -> dict[str, dict[str, list[list[float]]]]:
-    """Kind -> length -> seeds x depths: the share of values that are right in every symbol.
+) -> dict[str, Any]:
+    """{"right": kind -> length -> seeds x depths, "chance": kind -> share}, shares of values.
+
+    A value is right where every symbol of it is; by chance, where each is drawn from those that may
+    stand there.
 
     grid: what is examined. writing: of its rows. model, weights, leave: as of an `Exam`.
     """
-    right_by_kind: dict[str, dict[str, list[list[float]]]] = {kind: {} for kind in grid.kinds}
+    shares: dict[str, dict[str, list[list[float]]]] = {kind: {} for kind in grid.kinds}
     for length in grid.lengths:
         for kind in grid.kinds:
             cells = [examined(kind, grid, writing, length, depth) for depth in grid.depths]
@@ -228,10 +231,9 @@ def examine(
             right = answered(model, weights, batch, grid.piece, leave)
             values = needle_tasks.right_values(right, KINDS[kind], writing).mean(-1)
             by_depth = values.reshape(len(values), len(grid.depths), grid.rows).mean(-1)
-            right_by_kind[kind][str(length)] = [
-                [round(float(v), 4) for v in seed] for seed in by_depth
-            ]
-    return right_by_kind
+            shares[kind][str(length)] = np.round(by_depth.astype(float), 4).tolist()
+    chance = {kind: needle_tasks.chance(KINDS[kind], writing) for kind in grid.kinds}
+    return {"right": shares, "chance": chance}
 
 
 def answered(
@@ -274,7 +276,7 @@ def shown(results: Mapping[str, Any], picture: str = "results/needle-map.png") -
     """Means over depths and seeds by kind and length, who is ahead, the control and the grid."""
     task = results[TASK]
     parts = ["Values that are said whole, in percent, mean of all depths and seeds:"]
-    for kind in found(next(iter(task["models"].values()))):
+    for kind in found(next(iter(task["models"].values())))["right"]:
         parts += [f"{kind}:", by_length(task, kind).markdown()]
     parts += [*verdicts(task), f"![share right by length and depth]({picture})"]
     parts += [*experiment.control(results), "Whole answers, rows of all kinds:"]
@@ -283,17 +285,19 @@ def shown(results: Mapping[str, Any], picture: str = "results/needle-map.png") -
 
 def by_length(task: Mapping[str, Any], kind: str) -> report.Table:
     """Models down, lengths across: the mean, seeds' lowest and highest, the paper's in brackets."""
-    exams = {model: found(variants)[kind] for model, variants in task["models"].items()}
-    rows, lengths = [], list(next(iter(exams.values())))
+    exams = {model: found(variants) for model, variants in task["models"].items()}
+    some = next(iter(exams.values()))
+    rows, lengths = [], list(some["right"][kind])
     for model, exam in exams.items():
         cells = []
         for length in lengths:
-            seeds = [statistics.fmean(depths) for depths in exam[length]]
+            seeds = [statistics.fmean(depths) for depths in exam["right"][kind][length]]
             paper = PAPER.get(model, {}).get(kind, ())
             places = dict(zip(("4096", "8192", "16384"), paper, strict=False))
             told = f" [{places[length]:g}]" if length in places else ""
             cells.append(experiment.interval(seeds) + told)
         rows.append((model, *cells))
+    rows.append(("*each symbol drawn*", *([f"{100 * some['chance'][kind]:.2g}"] * len(lengths))))
     return report.Table("", ["model", *(f"{int(n):,}" for n in lengths)], rows)
 
 
@@ -304,7 +308,7 @@ def verdicts(task: Mapping[str, Any]) -> list[str]:
     for model, variants in task["models"].items():
         cells = [
             statistics.fmean(statistics.fmean(depths) for depths in seeds)
-            for lengths in found(variants).values()
+            for lengths in found(variants)["right"].values()
             for length, seeds in lengths.items()
             if int(length) > longest
         ]
@@ -318,7 +322,7 @@ def verdicts(task: Mapping[str, Any]) -> list[str]:
 
 def draw(path: pathlib.Path, task: Mapping[str, Any]) -> None:
     """A heat map for each kind and model: lengths across, depths down, mean of the seeds."""
-    exams = {model: found(variants) for model, variants in task["models"].items()}
+    exams = {model: found(variants)["right"] for model, variants in task["models"].items()}
     kinds = list(next(iter(exams.values())))
     size = (2.1 * len(kinds) + 1.5, 1.7 * len(exams) + 0.8)
     figure, grid = plt.subplots(

@@ -158,7 +158,7 @@ def compose(
     """
     free, needles = room(kind, writing, length), kind.keys * kind.values
     keys = _different(generator, writing.alphabets[kind.key], rows, kind.keys, "keys")
-    values = _different(generator, writing.alphabets[kind.value], rows, needles, "values")
+    told = _different(generator, writing.alphabets[kind.value], rows, needles, "values")
     hay, may = _haystack(kind, writing, generator, rows, free, keys)
     depths = generator.random((rows, needles))
     # The first key has the first `values` needles; the one at `depth` is the first in the row.
@@ -172,7 +172,6 @@ def compose(
     order = np.argsort(places, 1, kind="stable")
     places = np.take_along_axis(places, order, 1)
     whose = np.repeat(np.arange(kind.keys), kind.values)[order]  # key of each needle
-    told = np.take_along_axis(values, order[:, :, None], 1)
     named = np.take_along_axis(keys, whose[:, :, None], 1)
     needle = _written(writing, named, told)
     width = needle.shape[2]

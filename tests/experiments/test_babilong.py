@@ -114,9 +114,10 @@ def test_shares_are_of_the_question_alone_and_attention_goes_no_farther(monkeypa
     monkeypatch.setattr(babilong, "read", read)
     monkeypatch.setattr(babilong, "ATTENTION", 64)
     monkeypatch.setattr(babilong, "AT_ONCE", 1280)
+    monkeypatch.setattr(babilong, "SEEN", 20 * 64 * 12)
     sizes = dict(feed_forward="swiglu", vocabulary=275, width=8, heads=2, layers=1, hidden=4)
-    examine = lambda mixer: babilong.examine(
-        1, TEXT, (64, 128), 24, 2_000, nn.ModelConfig(mixer=mixer, **sizes), np.zeros(2),
+    examine = lambda mixer, streamed=2_000: babilong.examine(
+        1, TEXT, (64, 128), 24, streamed, nn.ModelConfig(mixer=mixer, **sizes), np.zeros(2),
         lambda: None,
     )  # fmt: skip
     found = examine("deltanet")
@@ -131,9 +132,12 @@ def test_shares_are_of_the_question_alone_and_attention_goes_no_farther(monkeypa
     assert asked[-1] == ((1, 8), 2_000, 1)  # the stream, of one model
     assert [mark["symbols"] for mark in found["stream"]] == [1008, 2000]
     assert all(mark["resident_mib"] > 10 for mark in found["stream"])
+    assert "stream" not in examine("deltanet", 0)
+    asked.clear()
     found = examine("attention")
     assert [*found["right"]] == ["64"]
     assert "stream" not in found
+    assert {shape for shape, *_ in asked} == {(20, 12), (20, 4)}  # smaller pieces
 
 
 def record(shares, stream):

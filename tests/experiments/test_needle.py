@@ -25,7 +25,6 @@ HEX = r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}"
 FORMS = {"word": r"([bdfgklmnprstvz][aeiou]){4}", "number": r"\d{7}", "uuid": HEX}
 
 cases = given(
-    kind=st.sampled_from(list(KINDS)),
     seed=st.integers(0, 2**32),
     length=st.integers(0, 900),
     depth=st.one_of(st.none(), st.floats(0, 1)),
@@ -58,6 +57,7 @@ def told_in_bytes(row, kind):
     return found, question[1].split(", ")
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("form", ["symbols", "bytes"])
 @cases
 def test_rows_hold_what_they_say_where_they_say_and_a_reader_can_answer(
@@ -66,9 +66,9 @@ def test_rows_hold_what_they_say_where_they_say_and_a_reader_can_answer(
     writing, plain = (SYMBOLS, told_in_symbols) if form == "symbols" else (BYTES, told_in_bytes)
     kind = KINDS[kind]
     length += 1200 if form == "bytes" else 60
-    rows = compose(kind, writing, np.random.default_rng(seed), 3, length, depth)
+    rows = compose(kind, writing, np.random.default_rng(seed), 2, length, depth)
     batch = rows.batch
-    assert batch.tokens.shape == batch.answers.shape == batch.scored.shape == (3, length)
+    assert batch.tokens.shape == batch.answers.shape == batch.scored.shape == (2, length)
     assert batch.tokens.max() < writing.symbols
     free = needle_tasks.room(kind, writing, length)
     for n, row in enumerate(batch.tokens):
@@ -79,6 +79,8 @@ def test_rows_hold_what_they_say_where_they_say_and_a_reader_can_answer(
             for start, key, value in zip(rows.starts[n], rows.keys[n], rows.values[n], strict=True)
         }
         assert own <= set(found)
+        if form == "bytes":
+            assert all(row[start - 1] == ord("\n") for start, _, _ in found)
         assert asked == [code(key) for key in rows.asked[n]]
         assert len({key for _, key, _ in own}) == kind.keys
         assert len({value for _, _, value in own}) == kind.keys * kind.values
@@ -216,14 +218,15 @@ def test_the_grid_is_examined_cell_by_cell(monkeypatch):
     monkeypatch.setattr(needle, "read", read)
     monkeypatch.setattr(needle, "AT_ONCE", 4 * 64)
     found = needle.examine(grid, SYMBOLS, None, None, lambda: None)  # type: ignore[arg-type]
-    assert found["S-NIAH-2"] == {n: [[0.0, 1.0], [1.0, 1.0]] for n in ("64", "96")}
-    assert [*found] == list(grid.kinds)
+    assert found["right"]["S-NIAH-2"] == {n: [[0.0, 1.0], [1.0, 1.0]] for n in ("64", "96")}
+    assert [*found["right"]] == [*found["chance"]] == list(grid.kinds)
     assert {*seen} == {(4, 64), (2, 96)}  # six rows of a cell; 256 symbols at once
 
 
 def record(share):
-    exam = {"S-NIAH-1": {"128": [[1.0] * 5] * 3, "4096": [[share, 1.0, 1.0, 1.0, 1.0]] * 3}}
-    bins = {b: {"rows": [1.0] * 3, "tokens": [1.0] * 3, "loss": [0.0] * 3} for b in ("trained",)}
+    right = {"S-NIAH-1": {"128": [[1.0] * 5] * 3, "4096": [[share, 1.0, 1.0, 1.0, 1.0]] * 3}}
+    exam = {"right": right, "chance": {"S-NIAH-1": 0.01}}
+    bins = {"trained": {"rows": [1.0] * 3, "tokens": [1.0] * 3, "loss": [0.0] * 3}}
     found = {"validation": 1.0, "validations": [1.0] * 3, **bins}
     return {"": {"rates": {"0.01": found}, "rate": "0.01", "steps": 9, "exam": exam}}
 
@@ -235,6 +238,7 @@ def test_tables_and_maps_show_lengths_depths_and_the_paper(tmp_path):
     text = needle.shown(results)
     assert "| hope | 100 | 90 [100] |" in text
     assert "| titans | 100 | 80 [100] |" in text
+    assert "| *each symbol drawn* | 1 | 1 |" in text
     assert "beyond those trained on: hope 90.0, titans 80.0." in text
     needle.draw(tmp_path / "map.png", results[needle.TASK])
     assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")

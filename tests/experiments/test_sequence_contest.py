@@ -99,8 +99,8 @@ def test_weights_are_those_of_the_best_validation_and_rows_are_fresh(monkeypatch
 
 
 def test_an_exam_is_given_the_weights_kept_at_the_best_rate(monkeypatch):
-    """The second rate is the better one; of it the weights of step 10."""
-    shares = lambda w: np.where(np.asarray(w) == 10, 0.9, 0.5) * [0.5, 0.5, 1, 1]
+    """The second rate is the better one, and best after 10 steps; the first after 20."""
+    shares = lambda w: np.where(w == [20, 20, 10, 10], 0.9, 0.5) * [0.5, 0.5, 1, 1]
     stub(monkeypatch, lambda w, batch: scores(shares(w)))
     given = []
 
