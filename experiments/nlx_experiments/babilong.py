@@ -95,18 +95,18 @@ class Size(NamedTuple):
     steps: int
     rates: tuple[float, ...]
     rows: int
+    tested: int  # rows of a bin; half as many to choose by
     lengths: tuple[int, ...]
     piece: int  # symbols read at once
 
 
 FULL = Size(
     facts=(1, 2), width=32, layers=2, parameters=50_000, stages=((0, 64), (600, 192)), steps=1_200,
-    rates=(1e-2,), rows=16, lengths=tuple(2**n for n in range(7, 21)), piece=512,
+    rates=(1e-2,), rows=16, tested=256, lengths=tuple(2**n for n in range(7, 21)), piece=512,
 )  # fmt: skip
 OF_GPU = FULL._replace(
     facts=(1, 2, 3), width=128, layers=4, parameters=1_500_000,
-    stages=((0, 128), (5_000, 512), (10_000, 2_048)), steps=20_000, rates=(1e-3, 3e-3), rows=64,
-    piece=2_048,
+    stages=((0, 128), (5_000, 512), (10_000, 1_024)), steps=20_000, rates=(2e-3,), tested=64,
 )  # fmt: skip
 
 
@@ -143,8 +143,8 @@ def full(
         rows=size.rows,
         decay=True,
         round_to=size.stages[0][1],
-        validated=128,
-        tested=256,
+        validated=size.tested // 2,
+        tested=size.tested,
     )
     lengths = tuple(n for n in size.lengths if n <= longest)
     rows = {}

@@ -78,18 +78,19 @@ class Size(NamedTuple):
     steps: int
     rates: tuple[float, ...]
     rows: int
+    checked: int  # windows to choose by; twice as many of the bin
     examined: int  # bytes of a window
     windows: int
     piece: int  # bytes read at once
 
 
 FULL = Size(
-    width=64, layers=2, parameters=130_000, length=256, steps=1_000, rates=(3e-3, 1e-2), rows=8,
-    examined=4_096, windows=32, piece=256,
+    width=64, layers=2, parameters=130_000, length=256, steps=1_000, rates=(3e-3, 1e-2),
+    rows=8, checked=64, examined=4_096, windows=32, piece=256,
 )  # fmt: skip
 OF_GPU = Size(
     width=256, layers=4, parameters=5_000_000, length=2_048, steps=20_000, rates=(1e-3, 3e-3),
-    rows=32, examined=32_768, windows=8, piece=1_024,
+    rows=8, checked=16, examined=32_768, windows=8, piece=1_024,
 )  # fmt: skip
 
 
@@ -120,8 +121,8 @@ def full(size: Size, parts: tuple[Bytes, Bytes, Bytes]) -> dict[str, Row]:
         rates=size.rates,
         rows=size.rows,
         decay=True,
-        validated=64,
-        tested=128,
+        validated=size.checked,
+        tested=2 * size.checked,
         by_loss=True,
         round_to=size.length,
     )

@@ -5,7 +5,7 @@ command    nlx run needle [--models MODEL ...] [--longest N] [--data PATH ...]
            nlx run needle-tiny: next to nothing of it, in seconds; needle-gpu: bytes, RULER's own
            words, texts from the standard library or --data, models of width 256, for a GPU
 shows      the share of values that are said whole, by kind of task, length and depth, of models
-           trained on rows of at most 128 symbols (gpu: 4,096 bytes); results/needle-map.png has a
+           trained on rows of at most 128 symbols (gpu: 2,048 bytes); results/needle-map.png has a
            heat map, length x depth, for each model and kind
 takes      not run yet; a model that is stopped begins anew, finished ones are kept
 expects    meant, and not shown yet: Hope in the mean at least level with Titans and above DeltaNet
@@ -84,7 +84,7 @@ class Needle(Options):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Gpu(Needle):
-    """The same in bytes and RULER's words, rows trained on of up to 4,096, for a GPU."""
+    """The same in bytes and RULER's words, rows trained on of up to 2,048, for a GPU."""
 
     runs: pathlib.Path = pathlib.Path("runs/needle-gpu")
     longest: int = 65_536
@@ -120,6 +120,7 @@ class Size(NamedTuple):
     steps: int
     rates: tuple[float, ...]
     rows: int
+    checked: int  # rows of each kind, to choose by and of the bins
     grid: Grid
 
 
@@ -127,14 +128,15 @@ DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 SIX = ("S-NIAH-1", "S-NIAH-2", "S-NIAH-3", "MK-NIAH-1", "MQ-NIAH", "MV-NIAH")
 FULL = Size(
     width=32, layers=2, parameters=40_000, lengths=(40, 128), stages=((0, 64), (700, 128)),
-    steps=1_500, rates=(1e-2,), rows=16,
+    steps=1_500, rates=(1e-2,), rows=16, checked=32,
     grid=Grid(SIX, tuple(2**n for n in range(7, 15)), DEPTHS, 4, 256),
 )  # fmt: skip
 OF_GPU = Size(
-    width=256, layers=4, parameters=5_000_000, lengths=(1_024, 4_096),
-    stages=((0, 1_024), (10_000, 2_048), (20_000, 4_096)), steps=30_000, rates=(1e-3, 3e-3),
-    rows=32, grid=Grid(tuple(KINDS), tuple(2**n for n in range(10, 17)),
-    tuple(n / 10 for n in range(11)), 16, 1_024),
+    width=256, layers=4, parameters=5_000_000, lengths=(1_024, 2_048),
+    stages=((0, 1_024), (10_000, 2_048)), steps=30_000, rates=(2e-3,), rows=8, checked=4,
+    grid=Grid(
+        tuple(KINDS), tuple(2**n for n in range(10, 17)), tuple(n / 10 for n in range(11)), 16, 512
+    ),
 )  # fmt: skip
 
 
@@ -179,9 +181,9 @@ def full(size: Size, longest: int, writings: Mapping[str, Writing]) -> dict[str,
         rates=size.rates,
         rows=size.rows,
         decay=True,
-        round_to=long,
-        validated=32 * len(kinds),
-        tested=32 * len(kinds),
+        round_to=size.stages[0][1],
+        validated=size.checked * len(kinds),
+        tested=size.checked * len(kinds),
     )
     task = dataclasses.replace(task, examined={"longer": task.test or task.draw})
     models = contestants(base(task.vocabulary, size.width, size.layers), size.parameters)

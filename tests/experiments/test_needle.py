@@ -244,16 +244,6 @@ def test_tables_and_maps_show_lengths_depths_and_the_paper(tmp_path):
     assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_models_have_equal_parameters_and_cells_know_the_grid():
-    row = needle.full(needle.FULL, 1024, needle._in_symbols())[needle.TASK]
-    counts = [learner.count(config) for v in row.models.values() for config in v.values()]
-    assert max(counts) < 1.02 * min(counts)
-    assert row.exam is not None
-    longer = needle.full(needle.FULL, 2048, needle._in_symbols())[needle.TASK].exam
-    assert longer is not None
-    assert row.exam.what != longer.what
-
-
 def test_bad_input_gets_a_sentence():
     draw = np.random.default_rng(0)
     with pytest.raises(ValueError, match="`name` is 'NIAH'; it must be one of S-NIAH-1"):
