@@ -19,10 +19,12 @@ from nlx_experiments.sequence_tasks import Batch, Task
 
 MOVES, TAKES, DROPS, ASKS, NOW = range(5)  # after places, people and things
 OFTEN = (0.5, 0.3, 0.2)  # of moves, takes and drops, where all three are possible
-ASKED = 0.2  # share of sentences that are questions, before the last
+ASKED = 0.2  # share of sentences before the last that are questions
 
 
-def facts(supporting: int, people: int = 4, things: int = 4, places: int = 6) -> Task:
+def facts(
+    supporting: int, people: int = 4, things: int = 4, places: int = 6, asked: float = ASKED
+) -> Task:
     """Stories whose answers need so many facts; symbols: places, people, things, the five words.
 
     A row has an even chance of every number of sentences that its length allows, and ends with a
@@ -30,6 +32,7 @@ def facts(supporting: int, people: int = 4, things: int = 4, places: int = 6) ->
     somebody whose place was told. "Before the place" means the last time the thing came there.
 
     supporting: facts an answer needs, 1 to 3. people, things, places: how many there are, >= 2.
+    asked: share of the sentences before the last that are questions, where one can be; 0 to 1.
 
     Raises ValueError for other numbers, and where no row that short can hold a question.
     """
@@ -38,6 +41,8 @@ def facts(supporting: int, people: int = 4, things: int = 4, places: int = 6) ->
     for name, count in dict(people=people, things=things, places=places).items():
         if not isinstance(count, int) or count < 2:
             raise ValueError(f"`{name}` is {count!r}; it must be an integer >= 2.")
+    if not 0 <= asked <= 1:
+        raise ValueError(f"`asked` is {asked}; it must be from 0 to 1.")
 
     def draw(generator: np.random.Generator, rows: int, shortest: int, longest: int) -> Batch:
         fewest, most = max(-(-shortest // 3), supporting + 1), longest // 3
@@ -54,7 +59,7 @@ def facts(supporting: int, people: int = 4, things: int = 4, places: int = 6) ->
             told = _Told(len(left), people, things, places)
             for t in range(most):
                 ends = t == counts[left] - 1
-                wanted = ends | (generator.random(len(left)) < ASKED)
+                wanted = ends | (generator.random(len(left)) < asked)
                 can, question, answer = _question(generator, told, supporting)
                 asks = wanted & can & (t < counts[left])
                 sentence = told.happens(generator, ~asks)

@@ -12,11 +12,12 @@ import hashlib
 import itertools
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import PyTree
 
 from nlx import nn
 from nlx_experiments import sequence_learner, sequence_levels
@@ -80,6 +81,18 @@ class Plan:
             raise ValueError(f"`chosen` holds {unknown}; it must hold bins of {[*self.bins]}.")
 
 
+class Exam(NamedTuple):
+    """What is measured besides, with the weights that were kept at the best rate.
+
+    what: its name and sizes, which decide a cell as the plan does.
+    measure: (configuration, weights with a leading axis of seeds, a function to call now and then,
+        which raises Stopped where a signal came) -> what JSON can hold.
+    """
+
+    what: str
+    measure: Callable[[nn.ModelConfig, PyTree, Callable[[], None]], Any]
+
+
 def measure(
     name: str,
     task: Task,
@@ -87,10 +100,12 @@ def measure(
     plan: Plan,
     stop: StopRequest | None = None,
     watch: Callable[[int, Mapping[str, Scores]], None] = lambda step, scores: None,
+    exam: Exam | None = None,
 ) -> dict[str, Any]:
     """Trains and examines; what a cell's record holds, apart from what it is.
 
     watch: told of every validation, (steps taken, bin -> scores of all trainings).
+    exam: what is measured besides, of models that read symbols and answer where they stand.
 
     Returns:
       "rates": rate -> bin -> {"rows", "tokens", "loss"}: `Scores` on the test rows, by seed, where
@@ -98,11 +113,20 @@ def measure(
       and "validations" by seed, and "validation", their mean, which rates are compared by; "rate":
       the best one;
       "steps" taken; "seconds"; "parameters"; "device"; "chance": bin -> share of the most frequent
-      answer.
+      answer; with an exam also "exam", what it measured.
 
     Raises Stopped where a signal came: a cell is whole or not there.
     """
     begun = time.monotonic()
+
+    def leave() -> None:
+        if stop is not None and stop.received is not None:
+            raise Stopped(
+                f"{stop.received.name}: {name} was not finished and begins anew; all before it is "
+                "kept, the same command goes on from there.",
+                stop.received,
+            )
+
     make = sequence_levels.make if isinstance(config, InContext) else sequence_learner.make
     learners: sequence_learner.Learners = make(
         config,
@@ -133,12 +157,7 @@ def measure(
         value = _value(list(scores.values()), task, plan)
         kept = sequence_learner.better((state.params, value), kept)
         perfect = np.where(_right(list(scores.values()), task, plan), perfect + 1, 0)
-        if stop is not None and stop.received is not None:
-            raise Stopped(
-                f"{stop.received.name}: {name} was not finished and begins anew; all before it is "
-                "kept, the same command goes on from there.",
-                stop.received,
-            )
+        leave()
     exams = {b: rows(task, plan, TESTED, b) for b in plan.bins}
     results = {b: learners.score(kept[0], batch) for b, batch in exams.items()}
     validation = _by_rate(kept[1], plan).mean(1)
@@ -156,14 +175,22 @@ def measure(
         }
         for n, rate in enumerate(plan.rates)
     }
+    chosen, further = int(validation.argmax()), {}
+    if exam is not None:
+        if isinstance(config, InContext):
+            raise ValueError("`exam` is of models whose blocks do not learn in the context.")
+        seeds = slice(chosen * plan.seeds, (chosen + 1) * plan.seeds)
+        weights = jax.tree.map(lambda leaf: leaf[seeds], kept[0])
+        further = {"exam": exam.measure(config, weights, leave)}
     return {
         "rates": by_rate,
-        "rate": f"{plan.rates[int(validation.argmax())]:g}",
+        "rate": f"{plan.rates[chosen]:g}",
         "steps": step,
         "seconds": round(time.monotonic() - begun, 1),
         "parameters": learners.parameters,
         "device": jax.devices()[0].device_kind,
         "chance": {b: round(chance(batch), 4) for b, batch in exams.items()},
+        **further,
     }
 
 

@@ -24,7 +24,7 @@ from nlx_experiments import sequence_contest as contest
 from nlx_experiments.cells import Store
 from nlx_experiments.console import StopRequest, say
 from nlx_experiments.errors import Refused
-from nlx_experiments.sequence_contest import Plan
+from nlx_experiments.sequence_contest import Exam, Plan
 from nlx_experiments.sequence_learner import Scores
 from nlx_experiments.sequence_levels import InContext
 from nlx_experiments.sequence_tasks import Batch, Task, shuffled
@@ -43,6 +43,7 @@ class Row(NamedTuple):
     lines: rivals that need no training: name -> bin -> function of the test rows, the share right,
     one number or one for each scored place.
     control: a model that is trained on the task with its answers shuffled too; see `controlled`.
+    exam: what is measured besides of every model but the control.
     """
 
     task: Task
@@ -50,6 +51,7 @@ class Row(NamedTuple):
     models: Mapping[str, Mapping[str, nn.ModelConfig | InContext]]
     lines: Mapping[str, Mapping[str, Line]] = types.MappingProxyType({})
     control: nn.ModelConfig | None = None
+    exam: Exam | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -134,7 +136,7 @@ def controlled(row: Row) -> Row:
     plan = row.plan
     steps = min(plan.steps, CONTROL_STEPS)
     plan = dataclasses.replace(plan, steps=steps, rates=plan.rates[-1:], by_loss=False)
-    return row._replace(task=shuffled(row.task), plan=plan)
+    return row._replace(task=shuffled(row.task), plan=plan, exam=None)
 
 
 def _cell(
@@ -150,7 +152,7 @@ def _cell(
         return
     called = ", ".join(part for part in where if part)
     with Watch(called, row.plan) as watch:
-        record = contest.measure(called, row.task, config, row.plan, stop, watch)
+        record = contest.measure(called, row.task, config, row.plan, stop, watch, row.exam)
     store.add({"what": what, **record})
     best = record["rates"][record["rate"]]
     shares = "/".join(sequence_table.percent(best[b][row.task.graded]) for b in row.plan.bins)
@@ -197,6 +199,7 @@ def identity(where: tuple[str, str, str], row: Row, config: nn.ModelConfig | InC
     """What decides a cell, besides the code of the models: the protocol, the task's rows, sizes."""
     fields = f"{dataclasses.asdict(config)} {dataclasses.asdict(row.plan)} {contest.PROTOCOL} "
     fields += contest.digest(row.task, row.plan)
+    fields += "" if row.exam is None else row.exam.what
     digest = hashlib.sha256(fields.encode()).hexdigest()[:12]
     return f"{'; '.join(where)}; {digest}"
 

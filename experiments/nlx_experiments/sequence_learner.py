@@ -124,16 +124,46 @@ def learners(
 
     answer: (model, tokens [b, t], key or None) -> scores; a key is given while training.
     """
-    shapes = nnx.eval_shape(lambda: build(nnx.Rngs(0)))
-    graph, labels = nnx.graphdef(shapes), nn.labels_by_level(shapes)
-    clocks = nn.clocks_by_level(shapes)
+    graph = nnx.graphdef(nnx.eval_shape(lambda: build(nnx.Rngs(0))))
 
     def scores(params: PyTree, tokens: Array, key: Array | None = None) -> Array:
         return answer(nnx.merge(graph, params), tokens, key)
 
-    def loss(params: PyTree, batch: tuple[Array, Array, Array, Array]) -> Array:
-        tokens, answers, scored, key = batch
-        return cross_entropy(scores(params, tokens, key), answers, scored)
+    def loss(model: Any, tokens: Array, answers: Array, scored: Array, key: Array) -> Array:
+        return cross_entropy(answer(model, tokens, key), answers, scored)
+
+    init, learn = trainer(build, loss, steps=steps, decay=decay)
+
+    def right(params, tokens: Array, answers: Array, scored: Array) -> tuple[Array, ...]:
+        given = scores(params, tokens)
+        hits = jnp.argmax(given, -1) == answers
+        whole = jnp.all(hits | (scored == 0), 1)
+        right = jnp.sum(hits * scored) / jnp.sum(scored)
+        places = jnp.sum(hits * scored, 0) / jnp.maximum(jnp.sum(scored, 0), 1)
+        return right, jnp.mean(whole), cross_entropy(given, answers, scored), places
+
+    right_all = jax.jit(jax.vmap(right, in_axes=(0, None, None, None)))
+
+    def score(params: PyTree, batch: Batch) -> Scores:
+        return Scores(*map(np.asarray, right_all(params, *arrays(batch))))
+
+    return Learners(init, learn, score, parameters)
+
+
+def trainer(
+    build: Callable[[nnx.Rngs], nnx.Module],
+    loss: Callable[..., Float[Array, ""]],
+    *,
+    steps: int,
+    decay: bool,
+) -> tuple[Callable[[Any], PyTree], Callable[..., tuple[PyTree, Any]]]:
+    """`init` and `learn` of `Learners`, for what `build` draws and any loss; see `make`.
+
+    loss: (model, *arrays of a batch, key) -> scalar.
+    """
+    shapes = nnx.eval_shape(lambda: build(nnx.Rngs(0)))
+    graph, labels = nnx.graphdef(shapes), nn.labels_by_level(shapes)
+    clocks = nn.clocks_by_level(shapes)
 
     def rule(rate: Array) -> optax.GradientTransformation:
         def level(clock):
@@ -149,8 +179,9 @@ def learners(
         params = nnx.split(build(nnx.Rngs(jax.random.key(seed))))[1]
         return train.init_train_state(params, rule(jnp.float32(0)))
 
-    def learn(state, rate: Array, key: Array, batches: tuple[Array, Array, Array]):
-        step = train.make_train_step(loss, rule(rate), labels)
+    def learn(state, rate: Array, key: Array, batches: tuple[Array, ...]):
+        lost = lambda params, batch: loss(nnx.merge(graph, params), *batch)
+        step = train.make_train_step(lost, rule(rate), labels)
 
         def body(state, batch):
             state, metrics = step(state, (*batch, jax.random.fold_in(key, state.step)))
@@ -158,22 +189,8 @@ def learners(
 
         return jax.lax.scan(body, state, batches)
 
-    def right(params, tokens: Array, answers: Array, scored: Array) -> tuple[Array, ...]:
-        given = scores(params, tokens)
-        hits = jnp.argmax(given, -1) == answers
-        whole = jnp.all(hits | (scored == 0), 1)
-        right = jnp.sum(hits * scored) / jnp.sum(scored)
-        places = jnp.sum(hits * scored, 0) / jnp.maximum(jnp.sum(scored, 0), 1)
-        return right, jnp.mean(whole), cross_entropy(given, answers, scored), places
-
-    init_all = jax.jit(jax.vmap(init))
     learn_all = jax.jit(jax.vmap(learn, in_axes=(0, 0, 0, None)), donate_argnums=0)
-    right_all = jax.jit(jax.vmap(right, in_axes=(0, None, None, None)))
-
-    def score(params: PyTree, batch: Batch) -> Scores:
-        return Scores(*map(np.asarray, right_all(params, *arrays(batch))))
-
-    return Learners(init_all, learn_all, score, parameters)
+    return jax.jit(jax.vmap(init)), learn_all
 
 
 def cross_entropy(

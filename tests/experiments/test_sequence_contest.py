@@ -98,6 +98,26 @@ def test_weights_are_those_of_the_best_validation_and_rows_are_fresh(monkeypatch
     assert [w.tolist() for w, _ in seen[-2:]] == [[20] * 4] * 2
 
 
+def test_an_exam_is_given_the_weights_kept_at_the_best_rate(monkeypatch):
+    """The second rate is the better one, and best after 10 steps; the first after 20."""
+    shares = lambda w: np.where(w == [20, 20, 10, 10], 0.9, 0.5) * [0.5, 0.5, 1, 1]
+    stub(monkeypatch, lambda w, batch: scores(shares(w)))
+    given = []
+
+    def measure(config, weights, leave):
+        leave()
+        given.append((config, weights.tolist()))
+        return {"it": 7}
+
+    exam = sequence_contest.Exam("it", measure)
+    plan = dataclasses.replace(PLAN, steps=30, every=10)
+    record = sequence_contest.measure("stub", EASY, CONFIG, plan, exam=exam)
+    assert record["rate"] == "0.03"
+    assert record["exam"] == {"it": 7}
+    assert given == [(CONFIG, [10.0, 10.0])]
+    assert "exam" not in sequence_contest.measure("stub", EASY, CONFIG, plan)
+
+
 def test_a_training_without_a_finite_loss_is_never_the_best(monkeypatch):
     def score(params, batch):
         loss = np.where(params == 10, 0.5, np.nan) * [1, 1, 1, np.nan]

@@ -57,7 +57,9 @@ def test_what_decides_a_cell_is_in_its_name():
         draw = lambda *a, f=changed: dataclasses.replace(b := plus_one(*a), answers=f(b.answers))
         task = dataclasses.replace(EASY, draw=draw)
         names.add(sequence_experiment.identity(where, row._replace(task=task), CONFIG))
-    assert len(names) == 5
+    exam = sequence_contest.Exam("grid", lambda config, weights, leave: None)
+    names.add(sequence_experiment.identity(where, row._replace(exam=exam), CONFIG))
+    assert len(names) == 6
 
 
 @pytest.fixture
@@ -65,7 +67,7 @@ def rows(record, monkeypatch):
     """Two models, the second with two variants; measuring them is a stub that counts."""
     measured = []
 
-    def measure(name, task, config, plan, stop, watch):
+    def measure(name, task, config, plan, stop, watch, exam):
         measured.append(name)
         if len(measured) == 2 and stop.received == "now":
             raise Stopped("stopped", 15)
@@ -120,17 +122,20 @@ def test_the_control_is_trained_on_answers_of_other_rows(record, tmp_path, monke
     """One rate, few steps, shuffled answers; told beside the most frequent answer's share."""
     seen = []
 
-    def measure(name, task, config, plan, stop, watch):
-        seen.append((name, task.name, plan.rates, plan.steps))
+    def measure(name, task, config, plan, stop, watch, exam):
+        seen.append((name, task.name, plan.rates, plan.steps, exam))
         return record
 
     monkeypatch.setattr(sequence_experiment.contest, "measure", measure)
-    row = Row(EASY, dataclasses.replace(PLAN, steps=900), {"one": {"": CONFIG}}, control=CONFIG)
+    exam = sequence_contest.Exam("grid", lambda config, weights, leave: None)
+    row = Row(
+        EASY, dataclasses.replace(PLAN, steps=900), {"one": {"": CONFIG}}, {}, CONFIG, exam
+    )  # fmt: skip
     options = Options(runs=tmp_path / "runs", place=tmp_path / "out")
     results = sequence_experiment.run(options, "trial", {"plus one": row}, table)
     assert seen == [
-        ("plus one, one", "plus one", PLAN.rates, 900),
-        ("plus one, control", "plus one, shuffled", PLAN.rates[-1:], 200),
+        ("plus one, one", "plus one", PLAN.rates, 900, exam),
+        ("plus one, control", "plus one, shuffled", PLAN.rates[-1:], 200, None),
     ]
     (text,) = sequence_table.control(results)
     chance = "/".join(f"{100 * record['chance'][b]:.1f}" for b in ("short", "long"))

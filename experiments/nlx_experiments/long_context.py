@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the experiments on long context share: who competes, on what text, and what was found."""
+
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from nlx import nn
+from nlx_experiments import data
+from nlx_experiments import sequence_experiment as experiment
+from nlx_experiments.data import Bytes
+from nlx_experiments.reasoning import config, rivals
+
+
+def contestants(base: Mapping[str, Any], parameters: int) -> dict[str, dict[str, nn.ModelConfig]]:
+    """Hope and four rivals of as many parameters; base: see `reasoning.config`."""
+    hope = config("self_modifying", base, parameters, feed_forward="cms")
+    others = rivals(base, parameters)
+    names = ("titans", "deltanet", "gated deltanet", "transformer")
+    return {"hope": {"": hope}, **{name: others[name] for name in names}}
+
+
+def base(vocabulary: int, width: int, layers: int) -> dict[str, Any]:
+    """Sizes of all models of an experiment, as `contestants` takes them."""
+    half = dict(memory_hidden=width // 2, chunk_size=16)
+    return dict(vocabulary=vocabulary, width=width, heads=2, layers=layers, **half)
+
+
+def texts(paths: Sequence[pathlib.Path]) -> tuple[Bytes, Bytes, Bytes]:
+    """Text to train on, and two halves of what is held out: to choose by, and to report on."""
+    corpus = data.load(paths)
+    half = corpus.heldout.size // 2
+    return corpus.train, corpus.heldout[:half], corpus.heldout[half:]
+
+
+def found(variants: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What the exam of the best variant found."""
+    return variants[experiment.best(variants)[0]]["exam"]

@@ -1,0 +1,44 @@
+"""The tiny runs of long context, from end to end, and that they go on where they were left."""
+
+import json
+
+import pytest
+from nlx_experiments import run
+
+WORDS = {
+    "needle": ["S-NIAH-1:", "| transformer | 0 |", "needle-map.png"],
+    "babilong": ["1 fact, by the length of the row", "| 1 fact | deltanet |"],
+    "context": ["| model | 1 to 16 | 17 to 32 | 33 to 64 |", "context-curves.png"],
+    "forecasting": ["| *persistence* | 1.323 |", "| 6 | transformer | 0.01 |"],
+}
+PICTURES = {"needle": "-map", "babilong": "-lengths", "context": "-curves", "forecasting": ""}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", WORDS)
+def test_runs_from_end_to_end_and_goes_on(tmp_path, name):
+    given = ["--runs", str(tmp_path / "runs"), "--place", str(tmp_path)]
+    assert run.main(["run", f"{name}-tiny", *given]) == 0
+    cells = tmp_path / "runs" / "cells.jsonl"
+    first, whole = cells.read_text(), (tmp_path / "results" / f"{name}.json").read_text()
+    assert len(first.splitlines()) == 1
+    assert run.main(["run", f"{name}-tiny", *given]) == 0
+    assert cells.read_text() == first
+    again = (tmp_path / "results" / f"{name}.json").read_text()
+    assert json.loads(again)["tasks"] == json.loads(whole)["tasks"]
+    text = (tmp_path / "results" / f"{name}.md").read_text()
+    assert all(word in text for word in WORDS[name])
+    picture = tmp_path / "results" / f"{name}{PICTURES[name]}.png"
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_bad_input_gets_a_sentence(tmp_path, capsys):
+    given = ["--runs", str(tmp_path / "runs"), "--place", str(tmp_path)]
+    for argv, said in (
+        (["needle-tiny", "--models", "hop"], "`models` holds 'hop'; it must be one of transformer"),
+        (["forecasting-tiny", "--only", "7"], "`only` holds '7'; it must be one of 6."),
+        (["babilong-tiny", "--data", "nowhere"], "`--data` holds nowhere, which does not exist"),
+        (["needle-tiny", "--longest", "9"], "`longest` is 9; it must be an integer >= 1,024."),
+    ):
+        assert run.main(["run", *argv, *given]) == 2
+        assert said in capsys.readouterr().err
