@@ -3,6 +3,7 @@
 
     nlx train PRESET [--data PATH ...] [--run DIR] [--steps N] [--field value]
     nlx generate RUN --prompt TEXT
+    nlx eval RUN NAME=FILE ...
     nlx inspect PRESET|OPTIMIZER|RUN [--text FILE]
     nlx run EXPERIMENT
     nlx bench [--ops OP ...] [--ahead-of-time h200]
@@ -46,6 +47,13 @@ def generate(argv: list[str]) -> None:
     generation.main(_parse(generation.Generate, argv, "nlx generate"))
 
 
+def evaluate(argv: list[str]) -> None:
+    """Scores a trained run on multiple choice."""
+    from nlx_experiments import choices
+
+    choices.main(_parse(choices.Eval, argv, "nlx eval"))
+
+
 def inspect(argv: list[str]) -> None:
     """Shows the levels of a preset, an optimizer or a run, and what a run does with a text."""
     from nlx_experiments import whitebox
@@ -61,6 +69,7 @@ def experiment(argv: list[str]) -> None:
         compare_optimizers,
         demo,
         demo_check,
+        language,
         laws,
         reasoning,
         recall,
@@ -75,6 +84,9 @@ def experiment(argv: list[str]) -> None:
         "ablation-tiny": (ablation.Tiny, ablation.main),
         "demo": (demo.Demo, demo.main),
         "demo-check": (demo_check.DemoCheck, demo_check.main),
+        "language": (language.Language, language.main),
+        "language-gpu": (language.Gpu, language.main),
+        "language-tiny": (language.Tiny, language.main),
         "laws": (laws.Laws, laws.main),
         "optimizers": (compare_optimizers.CompareOptimizers, compare_optimizers.main),
         "optimizers-tiny": (compare_optimizers.Tiny, compare_optimizers.main),
@@ -108,6 +120,7 @@ def bench(argv: list[str]) -> None:
 COMMANDS: Mapping[str, Command] = {
     "train": train,
     "generate": generate,
+    "eval": evaluate,
     "inspect": inspect,
     "run": experiment,
     "bench": bench,
