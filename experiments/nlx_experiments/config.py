@@ -26,7 +26,8 @@ class TrainConfig:
     model: nn.ModelConfig
     """The preset's fields, each of which can be replaced."""
     data: tuple[pathlib.Path, ...] = ()
-    """Files or folders of text; the Python standard library's own source by default."""
+    """Files or folders of text, or token files (.npy) of a tokenizer.json; the Python standard
+    library's own source by default."""
     tokenizer: str = "bytes"
     """bytes; bpe, trained on the text, of model.vocabulary tokens; or a tokenizer.json."""
     run: pathlib.Path | None = None

@@ -57,7 +57,9 @@ def test_a_vocabulary_of_256_is_the_bytes(texts):
     assert sorted(made.pieces) == sorted(tokens.BYTES.pieces)
 
 
-@pytest.mark.parametrize("text", ["", "the cat", "\n\n  indented", ODD])
+@pytest.mark.parametrize(
+    "text", ["", "the cat", "\n\n  indented", ODD], ids=["empty", "words", "spaces", "odd"]
+)
 def test_nothing_is_lost(bpe, text):
     raw = text.encode(errors="surrogateescape")
     for made in (bpe, tokens.BYTES, tokens.parse(bpe.json, "again")):
@@ -70,6 +72,20 @@ def test_nothing_is_lost(bpe, text):
         raw[a:b] == bpe.pieces[t]
         for a, b, t in zip(starts, starts[1:], bpe.encode(text), strict=False)
     )
+
+
+def test_a_text_that_spells_a_special_token_is_text(bpe):
+    """Read from a file as others publish it: such a token stands for no bytes, and is not drawn
+    from text."""
+    fields = json.loads(bpe.json)
+    end = {"id": 300, "content": "<|endoftext|>", "special": True}
+    rest = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    made = tokens.parse(json.dumps(fields | {"added_tokens": [end | rest]}), "published")
+    assert made.size == 301
+    assert made.pieces[300] == b""
+    numbers = made.encode("a<|endoftext|>b")
+    assert 300 not in numbers
+    assert made.decode(numbers) == b"a<|endoftext|>b"
 
 
 def test_training_is_a_function_of_the_text(texts, bpe):
