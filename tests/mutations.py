@@ -65,6 +65,14 @@ OF_TASKS, OF_CONTEST, OF_TABLES = (
 )
 CONTEST = "experiments/nlx_experiments/sequence_contest.py"
 RECALL = "experiments/nlx_experiments/recall_tasks.py"
+TOKENS, FORMATS, CHOICES, HARNESS, LANGUAGE = (
+    f"experiments/nlx_experiments/{name}.py"
+    for name in ("tokenization", "choice_formats", "multiple_choice", "harness", "language")
+)
+OF_TOKENS, OF_FORMATS, OF_CHOICES, OF_HARNESS, OF_LANGUAGE = (
+    f"experiments/test_{name}.py"
+    for name in ("tokenization", "choice_formats", "multiple_choice", "harness", "language")
+)
 
 MUTATIONS = (
     Mutation(
@@ -527,8 +535,8 @@ MUTATIONS = (
     Mutation(
         "bits, not nats, in a run's metrics",
         LOOP,
-        "loss / math.log(2) if",
-        "loss if",
+        "loss / math.log(2) / self",
+        "loss / self",
         OF_TRAIN,
     ),
     Mutation(
@@ -541,8 +549,8 @@ MUTATIONS = (
     Mutation(
         "that n-gram models learn only what a run has seen",
         LOOP,
-        "evaluate.ngram_bits(corpus, n, positions, seen)",
-        "evaluate.ngram_bits(corpus, n, positions)",
+        "evaluate.ngram_bits(corpus, n, scored, seen)",
+        "evaluate.ngram_bits(corpus, n, scored)",
         OF_TRAIN,
     ),
     Mutation(
@@ -1385,6 +1393,167 @@ MUTATIONS = (
         "        if self.config.remat:\n",
         "        if False:\n",
         "nlx/nn/test_model.py",
+    ),
+    Mutation(
+        "the length of a choice in acc_norm",
+        CHOICES,
+        "by = (np.ones(len(sums)), np.maximum(lengths, 1),",
+        "by = (np.ones(len(sums)), np.ones(len(sums)),",
+        OF_FORMATS,
+    ),
+    Mutation(
+        "that the space before a choice is not part of its length",
+        CHOICES,
+        "lengths = [len(choice) for choice in one.choices]",
+        "lengths = [len(choice) + 1 for choice in one.choices]",
+        OF_FORMATS,
+    ),
+    Mutation(
+        "the context of a choice",
+        CHOICES,
+        "before = np.concatenate([[tokenizer.separator], whole[:count]])",
+        "before = np.array([tokenizer.separator])",
+        OF_CHOICES,
+    ),
+    Mutation(
+        "that white space at a context's end is scored",
+        CHOICES,
+        "continuation, context = context[len(kept) :] + continuation, kept",
+        "continuation = continuation",
+        OF_CHOICES,
+    ),
+    Mutation(
+        "that greedy means every token",
+        CHOICES,
+        "bool((best == wanted).all())",
+        "bool((best == wanted).any())",
+        OF_FORMATS,
+    ),
+    Mutation(
+        "that tokens beyond the tokenizer are no rivals",
+        CHOICES,
+        "best = np.argmax(scores[place, at, :size], axis=-1)",
+        "best = np.argmax(scores[place, at], axis=-1)",
+        OF_CHOICES,
+    ),
+    Mutation(
+        "the end of a long text rather than its beginning",
+        CHOICES,
+        "[-longest - 1 :]",
+        "[: longest + 1]",
+        OF_CHOICES,
+    ),
+    Mutation(
+        "WinoGrande's partial evaluation",
+        FORMATS,
+        'contexts = (before + record["option1"], before + record["option2"])',
+        'contexts = (before + record["option1"], before + record["option1"])',
+        OF_FORMATS,
+    ),
+    Mutation(
+        "that SocialIQA's labels begin at 1",
+        FORMATS,
+        'int(record["label"]) - 1',
+        'int(record["label"]) % 3',
+        OF_FORMATS,
+    ),
+    Mutation(
+        "that a label file goes with its lines",
+        FORMATS,
+        "beside.read_text().split()",
+        "beside.read_text().split()[::-1]",
+        OF_FORMATS,
+    ),
+    Mutation(
+        "the bytes of a token in bits per byte",
+        LOOP,
+        "evaluate.bits_per_byte(bits, scored.size)",
+        "evaluate.bits_per_byte(bits, bits.size)",
+        OF_TOKENS,
+    ),
+    Mutation(
+        "the words in word perplexity",
+        LOOP,
+        "evaluate.word_perplexity(bits, words)",
+        "evaluate.word_perplexity(bits, bits.size)",
+        OF_TOKENS,
+    ),
+    Mutation(
+        "that a word is counted where it begins",
+        "experiments/nlx_experiments/evaluate.py",
+        "np.concatenate([[True], space[:-1]])",
+        "np.concatenate([space[1:], [True]])",
+        OF_TOKENS,
+    ),
+    Mutation(
+        "the bytes of a token in a run's metrics",
+        LOOP,
+        "loss / math.log(2) / self.bytes_a_token",
+        "loss / math.log(2)",
+        OF_TOKENS,
+    ),
+    Mutation(
+        "that a run keeps its tokenizer",
+        LOOP,
+        'if before is not None and before.get("tokenizer") != tokenizer.sha256:',
+        "if False:",
+        OF_TOKENS,
+    ),
+    Mutation(
+        "what a run from before there were tokenizers stands for",
+        LOOP,
+        'new={"tokenizer": "bytes"}',
+        "new=None",
+        OF_TOKENS,
+    ),
+    Mutation(
+        "bytes that are no UTF-8",
+        TOKENS,
+        "numbers.append(alone[ord(part) - 0xDC00])",
+        "pass",
+        OF_TOKENS,
+    ),
+    Mutation(
+        "that a text spelling a special token is text",
+        TOKENS,
+        "made.encode_special_tokens = True",
+        "made.encode_special_tokens = False",
+        OF_TOKENS,
+    ),
+    Mutation(
+        "that tokens beyond the tokenizer are never drawn",
+        "experiments/nlx_experiments/generate.py",
+        "known = logits[: tokenizer.size]",
+        "known = logits",
+        OF_TOKENS,
+    ),
+    Mutation(
+        "that the last window of a long text is full",
+        HARNESS,
+        "whole[max(0, stop - longest) : start + 1]",
+        "whole[start : start + 1]",
+        OF_HARNESS,
+    ),
+    Mutation(
+        "that what ends a continuation is left out",
+        HARNESS,
+        "return written[: min(ends, default=len(written))]",
+        "return written",
+        OF_HARNESS,
+    ),
+    Mutation(
+        "that the pilot's loss decides the rate",
+        LANGUAGE,
+        "rate = min(rates, key=lambda r: numbers.get(r, math.inf))",
+        "rate = rates[0]",
+        OF_LANGUAGE,
+    ),
+    Mutation(
+        "that a pilot's seed counts for nothing else",
+        LANGUAGE,
+        "SEEDS, PILOT = (0, 1, 2), 1000",
+        "SEEDS, PILOT = (0, 1, 2), 0",
+        OF_LANGUAGE,
     ),
 )
 

@@ -15,17 +15,21 @@ from nlx_experiments.errors import Refused, as_sentence
 Optimizer = Literal["adamw", "dmgd"]
 OPTIMIZERS: tuple[Optimizer, ...] = get_args(Optimizer)
 DEFAULT_OPTIMIZER: Optimizer = "dmgd"
+TOKENIZERS = ("bytes", "bpe")  # and any tokenizer.json
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """Trains a language model on bytes. The same command again goes on where it was stopped."""
+    """Trains a language model on text. The same command again goes on where it was stopped."""
 
     preset: tyro.conf.Suppress[str]
     model: nn.ModelConfig
     """The preset's fields, each of which can be replaced."""
     data: tuple[pathlib.Path, ...] = ()
-    """Files or folders of text; the Python standard library's own source by default."""
+    """Files or folders of text, or token files (.npy) of a tokenizer.json; the Python standard
+    library's own source by default."""
+    tokenizer: str = "bytes"
+    """bytes; bpe, trained on the text, of model.vocabulary tokens; or a tokenizer.json."""
     run: pathlib.Path | None = None
     """Folder of the run; runs/PRESET by default."""
     steps: int = 1000
@@ -33,7 +37,7 @@ class TrainConfig:
     batch: int = 16
     """Rows of a batch."""
     length: int = 256
-    """Bytes of a row."""
+    """Tokens of a row."""
     optimizer: Optimizer = DEFAULT_OPTIMIZER
     """Deep momentum gradient descent (its memory of gradients learns while it runs), or AdamW."""
     learning_rate: float = 3e-3
@@ -66,7 +70,10 @@ class TrainConfig:
         _require("clip", self.clip, self.clip > 0, "above 0")
         _require("seed", self.seed, 0 <= self.seed < 2**31, "in [0, 2**31)")
         vocabulary = self.model.vocabulary
-        _require("model.vocabulary", vocabulary, vocabulary == 256, "256, the number of bytes")
+        if self.tokenizer == "bytes":
+            _require("model.vocabulary", vocabulary, vocabulary == 256, "256, the number of bytes")
+        elif self.tokenizer == "bpe":
+            _require("model.vocabulary", vocabulary, vocabulary >= 256, "at least 256, the bytes")
         one_of = f"one of {', '.join(OPTIMIZERS)}"
         _require("optimizer", self.optimizer, self.optimizer in OPTIMIZERS, one_of)
 
@@ -87,6 +94,8 @@ def to_json(config: TrainConfig) -> dict[str, Any]:
     fields = dataclasses.asdict(config)
     fields["data"] = [str(path.resolve()) for path in config.data]
     fields["run"] = str(config.folder)
+    if config.tokenizer not in TOKENIZERS:
+        fields["tokenizer"] = str(pathlib.Path(config.tokenizer).resolve())
     return fields
 
 

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Text as bytes: the corpus, its split by file, and batches whose position is a number.
 
-The tokenizer is the identity on bytes: token = byte, vocabulary 256. Files are joined by one zero
+Batches are cut from any stream of tokens. By default the tokenizer is the identity on bytes (token
+= byte, vocabulary 256; others: `tokenization`). Files are joined by one zero
 byte, which no text holds, so a model also learns where files begin and end.
 """
 
@@ -9,12 +10,12 @@ import hashlib
 import os
 import pathlib
 import sysconfig
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from typing import Any, NamedTuple, TypeVar
 
 import grain
 import numpy as np
-from jaxtyping import Int, UInt8
+from jaxtyping import Int, Integer, UInt8
 
 from nlx_experiments.errors import Refused
 
@@ -27,6 +28,8 @@ SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages
 SKIPPED_FOLDERS |= {"encodings", "pydoc_data"}
 
 Bytes = UInt8[np.ndarray, " n"]
+Stream = Integer[np.ndarray, " n"]
+T = TypeVar("T", bound=Any)
 
 
 class TextFile(NamedTuple):
@@ -162,30 +165,40 @@ def _is_text(content: bytes) -> bool:
 
 
 def _corpus(name: str, texts: dict[str, bytes]) -> Corpus:
-    names = sorted(texts)
+    contents, held_out = split(texts)
+    return made_of(name, contents, held_out)
+
+
+def split(contents: Mapping[str, T]) -> tuple[dict[str, T], set[str]]:
+    """The files in the order of their names, one alone cut in two, and which are held out."""
+    names = sorted(contents)
     if len(names) == 1:
-        texts, held_out = _cut(names[0], texts[names[0]])
-        names = list(texts)
-    else:
-        held_out = {n for n in names if is_held_out(n)}
-        if not held_out or len(held_out) == len(names):
-            held_out = {min(names, key=_digest)}
+        return _cut(names[0], contents[names[0]])
+    held_out = {n for n in names if is_held_out(n)}
+    if not held_out or len(held_out) == len(names):
+        held_out = {min(names, key=_digest)}
+    return {n: contents[n] for n in names}, held_out
+
+
+def made_of(name: str, contents: Mapping[str, bytes], held_out: Set[str]) -> Corpus:
+    """The corpus of these files, those in `held_out` kept from training."""
     files = tuple(
         TextFile(
             n,
-            len(texts[n]),
-            hashlib.sha256(texts[n]).hexdigest(),
+            len(content),
+            hashlib.sha256(content).hexdigest(),
             "held-out" if n in held_out else "train",
         )
-        for n in names
+        for n, content in contents.items()
     )
     streams = [
-        _join(texts[f.name] for f in files if f.split == split) for split in ("train", "held-out")
+        _join(contents[f.name] for f in files if f.split == split)
+        for split in ("train", "held-out")
     ]
     return Corpus(name, streams[0], streams[1], files)
 
 
-def _cut(name: str, content: bytes) -> tuple[dict[str, bytes], set[str]]:
+def _cut(name: str, content: T) -> tuple[dict[str, T], set[str]]:
     """A corpus of one file: its last tenth is held out, under a name that says so."""
     cut = len(content) - len(content) // 10
     tail = f"{name}[{cut}:]"
@@ -199,11 +212,12 @@ def _join(contents: Iterable[bytes]) -> Bytes:
 class Windows:
     """Random access to the stream's windows: `length` inputs and, one further, their targets."""
 
-    def __init__(self, stream: Bytes, length: int):
-        """Cuts `stream` into windows that share one byte, so that each byte is a target once."""
+    def __init__(self, stream: Stream, length: int):
+        """Cuts `stream` into windows that share one token, so that each token is a target once."""
         if stream.size < length + 1:
+            unit = "bytes" if stream.dtype == np.uint8 else "tokens"
             raise Refused(
-                f"`length` is {length}, but the text holds only {stream.size} bytes; "
+                f"`length` is {length}, but the text holds only {stream.size} {unit}; "
                 f"it must hold at least {length + 1}."
             )
         self.stream, self.length = stream, length
@@ -218,13 +232,13 @@ class Windows:
         return {"tokens": self.stream[start : start + self.length + 1], "window": np.int64(index)}
 
 
-def training_data(stream: Bytes, *, length: int, batch: int, seed: int) -> grain.MapDataset:
+def training_data(stream: Stream, *, length: int, batch: int, seed: int) -> grain.MapDataset:
     """Batches of shuffled windows without end, a new order each epoch: batch `i` is a function
     of the arguments and `i`.
 
     Args:
       stream: the training split.
-      length: tokens per row; a batch's `tokens` are `uint8[batch, length + 1]`.
+      length: tokens per row; a batch's `tokens` are `[batch, length + 1]`, of the stream's type.
       batch: rows.
       seed: of the orders.
     """
@@ -252,8 +266,8 @@ def seen(dataset: grain.MapDataset, length: int, steps: int) -> list[tuple[int, 
     ]
 
 
-def evaluation_windows(stream: Bytes, length: int, limit: int) -> Int[np.ndarray, " n"]:
-    """Numbers of the held-out windows to score: all, or evenly spaced ones of `limit` bytes."""
+def evaluation_windows(stream: Stream, length: int, limit: int) -> Int[np.ndarray, " n"]:
+    """Numbers of the held-out windows to score: all, or evenly spaced ones of `limit` tokens."""
     total = len(Windows(stream, length))
     count = min(total, max(1, limit // length))
     return np.arange(count) * total // count

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bytes from a trained run, one at a time, from its recurrent state in constant memory."""
+"""Text from a trained run, token by token, from its recurrent state in constant memory."""
 
 import dataclasses
 import functools
@@ -16,21 +16,22 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
 from nlx import nn
-from nlx_experiments import config, data, learner
+from nlx_experiments import config, learner, tokenization
+from nlx_experiments.tokenization import BYTES, Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
 class Generate:
-    """Continues a prompt with the model of a run, byte by byte."""
+    """Continues a prompt with the model of a run, token by token."""
 
     run: Annotated[pathlib.Path, tyro.conf.Positional]
     """Folder of a run, finished or not."""
     prompt: str = "def "
     """What comes first; nothing begins a new file."""
     length: int = 400
-    """Bytes to add."""
+    """Tokens to add."""
     temperature: float = 0.8
-    """0 takes the likeliest byte each time, 1 samples as the model predicts."""
+    """0 takes the likeliest token each time, 1 samples as the model predicts."""
     seed: int = 0
     """Of the sample."""
 
@@ -45,53 +46,65 @@ class Generate:
 
 
 def main(options: Generate) -> None:
-    """Prints the prompt and, as they come, the bytes after it."""
-    model = learner.load(config.of_run(options.run))
+    """Prints the prompt and, as they come, the tokens after it."""
+    chosen = config.of_run(options.run)
+    tokenizer = tokenization.of_run(options.run, chosen.tokenizer)
+    model = learner.load(chosen)
     out = sys.stdout.buffer
     out.write(options.prompt.encode(errors="surrogateescape"))
-    for byte in stream(
+    for token in stream(
         model,
         options.prompt,
+        tokenizer,
         length=options.length,
         temperature=options.temperature,
         seed=options.seed,
     ):
-        out.write(shown(byte))
+        out.write(shown(token, tokenizer))
         out.flush()
     out.write(b"\n")
     out.flush()
 
 
-def shown(byte: int) -> bytes:
-    """A byte as it is printed: the end of a file as an empty line."""
-    return b"\n\n" if byte == data.SEPARATOR else bytes([byte])
+def shown(token: int, tokenizer: Tokenizer = BYTES) -> bytes:
+    """A token as it is printed: the end of a file as an empty line."""
+    return b"\n\n" if token == tokenizer.separator else tokenizer.decode([token])
 
 
 def stream(
-    model: nn.LanguageModel, prompt: str, *, length: int, temperature: float, seed: int
+    model: nn.LanguageModel,
+    prompt: str,
+    tokenizer: Tokenizer = BYTES,
+    *,
+    length: int,
+    temperature: float,
+    seed: int,
 ) -> Iterator[int]:
-    """Yields `length` bytes: one pass over the prompt, then one compiled step a byte.
+    """Yields `length` tokens: one pass over the prompt, then one compiled step a token.
 
     Args:
-      model: a language model of bytes; its state is all that is carried from byte to byte.
+      model: a language model; its state is all that is carried from token to token.
       prompt: text, which may be empty.
-      length: bytes to yield.
+      tokenizer: whose tokens the model knows; those above its size are never drawn.
+      length: tokens to yield.
       temperature: divides the logits; 0 takes the largest.
-      seed: of the sample; byte i is drawn with the i-th key derived from it.
+      seed: of the sample; token i is drawn with the i-th key derived from it.
     """
-    tokens = data.encode(prompt) if prompt else np.array([data.SEPARATOR], np.uint8)
+    tokens = tokenizer.encode(prompt) if prompt else np.array([tokenizer.separator])
     graph, weights = nnx.split(model)
-    run = jax.jit(functools.partial(_advance, graph))
+    run = functools.partial(_advance, graph)
     state = model.init_state(1, capacity=len(tokens) + length)
     key = jax.random.key(seed)
     logits, state = run(weights, jnp.asarray(tokens[None], jnp.int32), state)
     for i in range(length):
-        token = _draw(logits, temperature, jax.random.fold_in(key, i))
+        known = logits[: tokenizer.size]
+        token = _draw(known, temperature, jax.random.fold_in(key, i))
         yield int(token)
         if i + 1 < length:
             logits, state = run(weights, token[None, None], state)
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def _advance(graph, weights, tokens: Int[Array, "b t"], state):
     logits, state = nnx.merge(graph, weights)(tokens, state)
     return logits[0, -1], state

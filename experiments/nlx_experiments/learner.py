@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, PyTree, UInt8
+from jaxtyping import Array, Float, Integer, PyTree
 
 from nlx import inspect, nn, train
 from nlx.train import TrainState
@@ -28,7 +28,7 @@ class Learner(NamedTuple):
     step(state, start, tokens [b, t + 1]) -> (state, measured): one update; `start` are the initial
         weights; measured are the metrics of `nlx.train.make_train_step` and "moved/<level>"; the
         state is donated.
-    bits(params, tokens [b, t + 1]) -> [b, t]: what each byte but the first costs.
+    bits(params, tokens [b, t + 1]) -> [b, t]: what each token but the first costs.
     """
 
     init: Callable[[], TrainState]
@@ -65,12 +65,12 @@ def make(config: TrainConfig) -> Learner:
         return train.init_train_state(nnx.split(build(config))[1], rule)
 
     def step(
-        state: TrainState, start: PyTree[Array], tokens: UInt8[Array, "b t+1"]
+        state: TrainState, start: PyTree[Array], tokens: Integer[Array, "b t+1"]
     ) -> tuple[TrainState, Measured]:
         state, metrics = advance(state, {"tokens": tokens})
         return state, metrics | _distances(state.params, start, labels)
 
-    def bits(params: PyTree[Array], tokens: UInt8[Array, "b t+1"]) -> Float[Array, "b t"]:
+    def bits(params: PyTree[Array], tokens: Integer[Array, "b t+1"]) -> Float[Array, "b t"]:
         logits, _ = nnx.merge(graph, params)(tokens[:, :-1])
         chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[:, 1:, None], -1)
         return -chosen[..., 0] / math.log(2)

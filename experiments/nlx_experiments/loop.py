@@ -18,7 +18,7 @@ import numpy as np
 
 from nlx.train import TrainState
 from nlx_experiments import config as configs
-from nlx_experiments import data, evaluate, learner, report, runs
+from nlx_experiments import data, evaluate, learner, report, runs, tokenization
 from nlx_experiments.checkpoints import Checkpoints
 from nlx_experiments.config import TrainConfig
 from nlx_experiments.console import StopRequest, display, say
@@ -26,6 +26,7 @@ from nlx_experiments.data import Corpus
 from nlx_experiments.errors import Refused, Stopped
 from nlx_experiments.learner import Learner
 from nlx_experiments.runs import Run
+from nlx_experiments.tokenization import Tokenizer, Tokens
 
 # Steps in a row without a finite gradient after which a run gives up.
 SKIPS = 20
@@ -38,13 +39,15 @@ def train(config: TrainConfig) -> dict[str, Any]:
       Refused: bad input, before anything is compiled; or a checkpoint that could not be written.
       Stopped: SIGINT or SIGTERM came; everything is saved.
     """
-    corpus = data.load(config.data, without=config.folder)
-    dataset = data.training_data(
-        corpus.train, length=config.length, batch=config.batch, seed=config.seed
+    corpus, tokens = tokenization.load(
+        config.tokenizer, config.model.vocabulary, config.data, config.folder
     )
-    positions = evaluate.scored_positions(corpus, config.length, config.eval_bytes)
+    dataset = data.training_data(
+        tokens.train, length=config.length, batch=config.batch, seed=config.seed
+    )
+    positions = evaluate.scored_positions(tokens, config.length, config.eval_bytes)
     with Run(config.folder) as run:
-        _claim(run, config, corpus)
+        _claim(run, config, corpus, tokens.tokenizer)
         functions = learner.make(config)
         _cache_compilations(run)
         with Checkpoints(run.folder / "checkpoints", keep=config.keep, say=say) as checkpoints:
@@ -56,7 +59,8 @@ def train(config: TrainConfig) -> dict[str, Any]:
             runs.note_environment(run, say)
             batches = data.batches(dataset, position)
             with StopRequest() as stop:
-                state = _advance(config, functions, run, checkpoints, state, batches, stop)
+                log = Log(config, run, int(state.step), corpus.train.size / tokens.train.size)
+                state = _advance(config, functions, run, checkpoints, state, batches, stop, log)
         if stop.received is not None:
             raise Stopped(
                 f"{stop.received.name}: step {state.step} of {config.steps} is saved in "
@@ -64,21 +68,21 @@ def train(config: TrainConfig) -> dict[str, Any]:
                 stop.received,
             )
         bits = evaluate.model_bits(
-            lambda tokens: functions.bits(state.params, tokens), corpus, positions, config.batch
+            lambda tokens: functions.bits(state.params, tokens), tokens, positions, config.batch
         )
         if not np.all(np.isfinite(bits)):
             raise Refused(
                 f"the model of step {state.step} in {run.folder} scores held-out bytes with what "
                 "is no number. A lower `learning_rate` may help, in another folder."
             )
-        result = _result(config, functions, corpus, dataset, positions, bits)
+        result = _result(config, functions, corpus, tokens, dataset, positions, bits)
         _report(run, config, result)
         run.write("result", result)
         say(f"{run.folder}: {_sentence(result)}")
         return result
 
 
-def _claim(run: Run, config: TrainConfig, corpus: Corpus) -> None:
+def _claim(run: Run, config: TrainConfig, corpus: Corpus, tokenizer: Tokenizer) -> None:
     """Writes what the run is, or refuses a folder in which another run lives."""
     before = run.read("corpus")
     if before is not None and before["sha256"] != corpus.sha256:
@@ -87,9 +91,17 @@ def _claim(run: Run, config: TrainConfig, corpus: Corpus) -> None:
             f"with {before['train_bytes']} bytes to train on, now {len(corpus.files)} with "
             f"{corpus.train.size}); give it that text, or this run another folder."
         )
-    run.agree("config", configs.to_json(config))
+    run.agree("config", configs.to_json(config), new={"tokenizer": "bytes"})
+    if before is not None and before.get("tokenizer") != tokenizer.sha256:
+        raise Refused(
+            f"the tokenizer is no longer the one that {run.folder} was begun with "
+            f"(`tokenizer` is {config.tokenizer}); give it that file, or this run another folder."
+        )
+    if tokenizer.json is not None:
+        runs.write_whole(run.folder / tokenization.FILE, tokenizer.json)
     if before is None:
-        run.write("corpus", corpus.record())
+        of_tokenizer = {} if tokenizer.json is None else {"tokenizer": tokenizer.sha256}
+        run.write("corpus", corpus.record() | of_tokenizer)
 
 
 def _cache_compilations(run: Run) -> None:
@@ -129,10 +141,10 @@ def _advance(
     state: TrainState,
     batches: Any,
     stop: StopRequest,
+    log: "Log",
 ) -> TrainState:
     """Learns until the last step or until asked to stop, and saves there."""
     done, start = int(state.step), functions.init().params
-    log = Log(config, run, done)
     save = lambda: checkpoints.save(done, _trees(config, state), batches.get_state())
     try:
         with display(run.folder.name, config.steps, done) as shown:
@@ -157,8 +169,12 @@ def _advance(
 class Log:
     """What was measured, fetched from the device and written some steps at a time."""
 
-    def __init__(self, config: TrainConfig, run: Run, done: int):
-        """Appends to the run's metrics and speed, cut back to `done` steps."""
+    def __init__(self, config: TrainConfig, run: Run, done: int, bytes_a_token: float):
+        """Appends to the run's metrics and speed, cut back to `done` steps.
+
+        bytes_a_token: the mean of the training text, by which costs of tokens are shared out.
+        """
+        self.bytes_a_token = bytes_a_token
         self.metrics, self.speeds = run.stream("metrics", done), run.stream("speed", done)
         self.tokens_a_step = config.batch * config.length
         self.waiting: list[tuple[int, Any]] = []
@@ -198,10 +214,11 @@ class Log:
                 f"the gradients of the last {SKIPS} steps, up to {step}, were not finite and "
                 "changed nothing. A lower `learning_rate` may help, in another folder."
             )
+        bits = loss / math.log(2) / self.bytes_a_token
         return {
             "step": step,
-            "bytes": step * self.tokens_a_step,
-            "bits_per_byte": loss / math.log(2) if math.isfinite(loss) else None,
+            "bytes": round(step * self.tokens_a_step * self.bytes_a_token),
+            "bits_per_byte": bits if math.isfinite(loss) else None,
             "skipped": skipped,
             "gradient_norm": float(measured["gradient_norm"]) if not skipped else None,
             "updates": _under("update_norm/", measured),
@@ -219,22 +236,31 @@ def _result(
     config: TrainConfig,
     functions: Learner,
     corpus: Corpus,
+    tokens: Tokens,
     dataset: Any,
     positions: np.ndarray,
     bits: np.ndarray,
 ) -> dict[str, Any]:
     """The score, beside n-gram models fitted on exactly the bytes that were seen."""
-    seen = data.seen(dataset, config.length, config.steps)
-    ngrams = {str(n): evaluate.ngram_bits(corpus, n, positions, seen) for n in evaluate.ORDERS}
+    seen, known = data.seen(dataset, config.length, config.steps), tokens.tokenizer
+    if known.json is not None:  # from tokens to bytes
+        starts = known.starts(tokens.train)
+        seen = [(int(starts[a]), int(starts[b])) for a, b in seen]
+    scored = evaluate.byte_positions(tokens, positions)
+    words = evaluate.words(corpus.heldout, scored)
+    ngrams = {str(n): evaluate.ngram_bits(corpus, n, scored, seen) for n in evaluate.ORDERS}
+    shown = config.steps * config.batch * config.length
     return {
         "preset": config.preset,
         "optimizer": config.optimizer,
         "parameters": functions.parameters,
         "steps": config.steps,
-        "bytes_trained_on": config.steps * config.batch * config.length,
+        "bytes_trained_on": round(shown * corpus.train.size / tokens.train.size),
         "distinct_bytes_seen": sum(stop - start for start, stop in seen),
-        "bytes_scored": int(bits.size),
-        "bits_per_byte": float(np.mean(bits)),
+        "bytes_scored": int(scored.size),
+        "words_scored": words,
+        "bits_per_byte": evaluate.bits_per_byte(bits, scored.size),
+        "word_perplexity": evaluate.word_perplexity(bits, words),
         "ngram_bits_per_byte": ngrams,
     }
 

@@ -3,6 +3,7 @@
 
     nlx train PRESET [--data PATH ...] [--run DIR] [--steps N] [--field value]
     nlx generate RUN --prompt TEXT
+    nlx eval RUN NAME=FILE ...
     nlx inspect PRESET|OPTIMIZER|RUN [--text FILE]
     nlx run EXPERIMENT
     nlx bench [--ops OP ...] [--ahead-of-time h200]
@@ -46,6 +47,13 @@ def generate(argv: list[str]) -> None:
     generation.main(_parse(generation.Generate, argv, "nlx generate"))
 
 
+def evaluate(argv: list[str]) -> None:
+    """Scores a trained run on multiple choice."""
+    from nlx_experiments import choices
+
+    choices.main(_parse(choices.Eval, argv, "nlx eval"))
+
+
 def inspect(argv: list[str]) -> None:
     """Shows the levels of a preset, an optimizer or a run, and what a run does with a text."""
     from nlx_experiments import whitebox
@@ -64,6 +72,7 @@ def experiment(argv: list[str]) -> None:
         demo,
         demo_check,
         forecasting,
+        language,
         laws,
         needle,
         reasoning,
@@ -88,6 +97,9 @@ def experiment(argv: list[str]) -> None:
         "forecasting": (forecasting.Forecasting, forecasting.main),
         "forecasting-gpu": (forecasting.Gpu, forecasting.main),
         "forecasting-tiny": (forecasting.Tiny, forecasting.main),
+        "language": (language.Language, language.main),
+        "language-gpu": (language.Gpu, language.main),
+        "language-tiny": (language.Tiny, language.main),
         "laws": (laws.Laws, laws.main),
         "needle": (needle.Needle, needle.main),
         "needle-gpu": (needle.Gpu, needle.main),
@@ -124,6 +136,7 @@ def bench(argv: list[str]) -> None:
 COMMANDS: Mapping[str, Command] = {
     "train": train,
     "generate": generate,
+    "eval": evaluate,
     "inspect": inspect,
     "run": experiment,
     "bench": bench,

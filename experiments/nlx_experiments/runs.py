@@ -61,8 +61,12 @@ class Run:
         for stream in (*self._streams, self._lock):
             stream.close()
 
-    def agree(self, name: str, value: Mapping[str, Any]) -> None:
+    def agree(
+        self, name: str, value: Mapping[str, Any], new: Mapping[str, Any] | None = None
+    ) -> None:
         """Writes `name`.json, or checks that it says the same where it must.
+
+        new: what fields stood for before there were such fields.
 
         Raises:
           Refused: the folder belongs to a run of another configuration or corpus.
@@ -71,7 +75,7 @@ class Run:
         if before is None:
             self.write(name, value)
             return
-        then, now = _flat(before), _flat(json.loads(json.dumps(value)))
+        then, now = _flat({**(new or {}), **before}), _flat(json.loads(json.dumps(value)))
         for key in {**then, **now}:
             if then.get(key) != now.get(key) and key not in FREE:
                 raise Refused(

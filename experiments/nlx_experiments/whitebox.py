@@ -22,7 +22,7 @@ from flax import nnx
 import nlx.inspect
 from nlx import nn, optim
 from nlx.inspect import Trace, Watched
-from nlx_experiments import config, data, diagram, heatmap, learner, report, runs
+from nlx_experiments import config, diagram, heatmap, learner, report, runs, tokenization
 from nlx_experiments.config import TrainConfig
 from nlx_experiments.console import say
 from nlx_experiments.errors import Refused
@@ -95,7 +95,7 @@ def of_optimizer(name: str, make: Callable[..., Any]) -> None:
 
 def of_run(chosen: TrainConfig, text: pathlib.Path | None) -> None:
     """Table, pictures and page of a run and a text."""
-    source, content = _read(chosen, text)
+    source, tokens, content, lengths = _read(chosen, text)
     model = learner.load(chosen)
     folder = _folder(chosen.folder / "inspect")
     rows = nlx.inspect.levels(model)
@@ -109,13 +109,13 @@ def of_run(chosen: TrainConfig, text: pathlib.Path | None) -> None:
     tables.append(_optimizer_table(title, rule, params))
     pictures["The optimizer's levels"] = folder / "optimizer.png"
     _draw_optimizer(folder / "optimizer.png", title, rule, params)
-    tokens = jnp.concatenate([jnp.array([data.SEPARATOR]), jnp.asarray(content, jnp.int32)])[None]
-    watched: Watched = jax.tree.map(np.asarray, nnx.jit(nlx.inspect.watch)(model, tokens))
-    bits = np.asarray(watched.bits)[0]
+    watched: Watched = jax.tree.map(np.asarray, nnx.jit(nlx.inspect.watch)(model, tokens[None]))
+    # A token's cost is shared out over its bytes.
+    bits = np.repeat(np.asarray(watched.bits)[0] / lengths, lengths)
     title = f"What every byte costs: -log2 p, {bits.mean():.2f} bits on average"
     heatmap.draw(folder / "surprise.png", title, content, bits, "bits", (0.0, 8.0))
     pictures["Surprise"] = folder / "surprise.png"
-    notes = _memories(folder, content, watched, pictures)
+    notes = _memories(folder, content, lengths, watched, pictures)
     if watched.levels:
         tables.insert(0, _trace_table(watched.levels))
     records = runs.read_lines(chosen.folder / "metrics.jsonl")
@@ -137,7 +137,7 @@ def of_run(chosen: TrainConfig, text: pathlib.Path | None) -> None:
     say(f"{bits.mean():.3f} bits per byte of {source}. The page: {folder / 'index.html'}")
 
 
-def _memories(folder, content, watched: Watched, pictures: dict[str, pathlib.Path]) -> str:
+def _memories(folder, content, lengths, watched: Watched, pictures: dict[str, pathlib.Path]) -> str:
     """Draws what memories did, where there are any; says so where there are none."""
     if not watched.levels:
         return (
@@ -148,7 +148,7 @@ def _memories(folder, content, watched: Watched, pictures: dict[str, pathlib.Pat
     sizes = [np.asarray(t.surprise)[0, 1:].mean(-1) for t in read]
     relative = [size / (size.mean() + 1e-30) for size in sizes]
     title = "What surprises the memories: |gradient|, 1 on average"
-    inner = np.mean(np.stack(relative), axis=0)
+    inner = np.repeat(np.mean(np.stack(relative), axis=0), lengths)
     heatmap.draw(folder / "inner.png", title, content, inner, "|gradient|, relative")
     pictures["Inner surprise"] = folder / "inner.png"
     heatmap.draw_traces(folder / "memories.png", watched.levels)
@@ -172,10 +172,25 @@ def _trace_table(levels: Mapping[str, Trace]) -> report.Table:
     return report.Table("Memories over the text", (*columns, "to"), rows)
 
 
-def _read(chosen: TrainConfig, text: pathlib.Path | None) -> tuple[str, np.ndarray]:
+def _read(
+    chosen: TrainConfig, text: pathlib.Path | None
+) -> tuple[str, jax.Array, np.ndarray, np.ndarray]:
+    """Name of the text, its tokens after a separator, their bytes, and the number of each."""
+    tokenizer = tokenization.of_run(chosen.folder, chosen.tokenizer)
+    source, content = _text(chosen, text)
+    tokens = tokenizer.encode(content.tobytes().decode(errors="surrogateescape"))
+    lengths = np.array([len(tokenizer.pieces[token]) for token in tokens])
+    content = np.frombuffer(tokenizer.decode(tokens), np.uint8)
+    after = jnp.concatenate([jnp.array([tokenizer.separator]), jnp.asarray(tokens, jnp.int32)])
+    return source, after, content, lengths
+
+
+def _text(chosen: TrainConfig, text: pathlib.Path | None) -> tuple[str, np.ndarray]:
     """Name and bytes of the text."""
     if text is None:
-        corpus = data.load(chosen.data)
+        corpus, _ = tokenization.load(
+            chosen.tokenizer, chosen.model.vocabulary, chosen.data, chosen.folder
+        )
         return f"held-out text of {corpus.name}", corpus.heldout[:LIMIT]
     try:
         content = np.frombuffer(text.read_bytes()[:LIMIT], np.uint8)

@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The experiment on language: its protocol, its table, and the tiny run from end to end."""
+
+import argparse
+import json
+import pathlib
+
+import pytest
+from nlx_experiments import language, language_table, loop, multiple_choice, run, runs
+from nlx_experiments.errors import Refused
+
+RATES = {1.25e-3: 2.0, 2.5e-3: 1.2, 5e-3: 1.5, 1e-2: None}
+
+
+def seed(bits, words=2.0, **more):
+    return {
+        "parameters": 1000, "bits_per_byte": bits, "word_perplexity": words, "steps": 3,
+        "bytes_trained_on": 99, "bytes_scored": 9, "words_scored": 2, **more,
+    }  # fmt: skip
+
+
+@pytest.fixture
+def trainings(monkeypatch):
+    """Stands in for training: what was trained; losses end at those of RATES."""
+    done = []
+
+    def train(chosen):
+        done.append((chosen.preset, chosen.learning_rate, chosen.seed))
+        late = RATES[chosen.learning_rate]
+        losses = [9.0] * 8 + [late] * 2
+        chosen.folder.mkdir(parents=True)
+        lines = "".join(json.dumps({"bits_per_byte": bits}) + "\n" for bits in losses)
+        (chosen.folder / "metrics.jsonl").write_text(lines)
+        return seed(1 + chosen.seed / 10 + len(chosen.preset) / 100)
+
+    monkeypatch.setattr(loop, "train", train)
+    return done
+
+
+def options(tmp_path, **fields):
+    return language.Language(
+        runs=tmp_path / "runs", place=tmp_path, data=(pathlib.Path(argparse.__file__),),
+        models=("hope", "titans-lmm"), vocabulary=300, **fields,
+    )  # fmt: skip
+
+
+def test_a_pilot_of_its_own_seed_chooses_the_rate(trainings, tmp_path):
+    found = language.main(options(tmp_path))
+    for preset in ("hope-tiny", "titans-lmm-tiny"):
+        of_model = [(rate, s) for name, rate, s in trainings if name == preset]
+        assert of_model == [(r, 1000) for r in RATES] + [(2.5e-3, s) for s in (0, 1, 2)]
+    assert found["hope"]["rate"] == 2.5e-3
+    assert found["hope"]["pilot"] == {"0.00125": 2.0, "0.0025": 1.2, "0.005": 1.5, "0.01": None}
+    text = (tmp_path / "results" / "language.md").read_text()
+    assert "| hope | 1,000 | 0.0025 | 1.190 (1.090 to 1.290) | 2.0 | 18.68 |" in text
+    assert "Hope against titans-lmm: -0.060 ± 0.000 bits per byte, ahead" in text
+    assert "0.01 no number; 0.0025 was taken.\n" in text
+    done = len(trainings)
+    assert language.main(options(tmp_path)) == found  # nothing is trained twice
+    assert len(trainings) == done
+    with pytest.raises(Refused, match="`vocabulary` is 310, but .* was begun with 300"):
+        language.main(language.dataclasses.replace(options(tmp_path), vocabulary=310))
+
+
+def test_steps_are_those_of_the_bytes(tmp_path):
+    """A megabyte, whatever the tokens: bytes one each, BPE as many as the text's mean says."""
+    with runs.Run(tmp_path / "a") as folder:
+        plan = language.planned(options(tmp_path, tokenizer="bytes"), folder)
+    assert (plan.tokenizer, plan.vocabulary, plan.pieces) == ("bytes", 256, None)
+    assert plan.steps == round(1_000_000 / 512)
+    with runs.Run(tmp_path / "b") as folder:
+        plan = language.planned(options(tmp_path), folder)
+        again = language.planned(options(tmp_path), folder)
+    assert plan == again
+    assert plan.vocabulary == 300
+    assert 1_000_000 / 512 / 2 < plan.steps < 1_000_000 / 512 / 1.2
+
+
+def test_the_table_shows_what_was_given():
+    items = {
+        "boolq": [multiple_choice.item("a", ["no", "yes"], 0)],
+        "winogrande": [multiple_choice.item("a", ["b", "c"], 0)],
+        "lambada": [multiple_choice.item("a", ["b"], 0)],
+    }
+    scores = {
+        "boolq": {"acc": 0.5, "acc_norm": 0.75, "perplexity": None},
+        "winogrande": {"acc": 0.25, "acc_norm": 0.0, "perplexity": None},
+        "lambada": {"acc": 0.0, "acc_norm": None, "perplexity": 1234567.0},
+    }
+    results = {"samba": {"rate": 0.01, "pilot": {}, "seeds": [seed(1.0, None, choices=scores)]}}
+    text = language_table.shown(results, items)
+    assert "boolq acc (chance 50.0) | boolq acc_norm | winogrande acc (chance 50.0) | lam" in text
+    assert "1.000 | beyond all numbers | 50.0 | 75.0 | 25.0 | 0.0 | 1.23e+06 | 21.07 |" in text
+    assert "pilot" not in text
+
+
+def test_hope_is_level_within_two_standard_errors():
+    made = lambda *bits: {"seeds": [seed(b) for b in bits]}
+    said = lambda hope: language_table.verdicts(
+        {"hope": hope, "transformer++": made(1.0, 1.1, 1.2)}
+    )
+    assert "level" in said(made(1.1, 1.0, 1.2))[0]
+    assert "+0.100 ± 0.006 bits per byte, behind" in said(made(1.11, 1.19, 1.3))[0]
+    assert language_table.verdicts({"hope": made(1.0)}) == []
+
+
+@pytest.mark.slow
+def test_the_tiny_experiment_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "l.jsonl").write_text('{"text": "raise the error"}\n{"text": "the parser"}\n')
+    words = ["run", "language-tiny", "--models", "transformer++"]
+    assert run.main([*words, "--choices", "lambada=l.jsonl"]) == 0
+    folder = tmp_path / "runs" / "language-tiny" / "results"
+    found = json.loads((folder / "language.json").read_text())
+    (model,) = found["models"].values()
+    assert [s["words_scored"] > 0 for s in model["seeds"]] == [True, True]
+    assert model["seeds"][0]["choices"]["lambada"]["items"] == 2
+    assert (folder / "language.png").read_bytes().startswith(b"\x89PNG")
+    capsys.readouterr()
+    assert run.main(words) == 0  # everything is known
+    said = capsys.readouterr().out
+    assert "step" not in said.split("After")[0]
+    assert "| transformer++ |" in said
