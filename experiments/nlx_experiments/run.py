@@ -59,6 +59,7 @@ def experiment(argv: list[str]) -> None:
     from nlx_experiments import (
         ablation,
         compare_optimizers,
+        continual,
         demo,
         demo_check,
         laws,
@@ -73,6 +74,9 @@ def experiment(argv: list[str]) -> None:
         "ablation": (ablation.Ablation, ablation.main),
         "ablation-gpu": (ablation.Gpu, ablation.main),
         "ablation-tiny": (ablation.Tiny, ablation.main),
+        "continual": (continual.Continual, continual.main),
+        "continual-gpu": (continual.Gpu, continual.main),
+        "continual-tiny": (continual.Tiny, continual.main),
         "demo": (demo.Demo, demo.main),
         "demo-check": (demo_check.DemoCheck, demo_check.main),
         "laws": (laws.Laws, laws.main),
