@@ -64,7 +64,8 @@ def domains(
     stages = []
     for n in generator.permutation(len(names)):
         cuts = (("train", 0, 0.7), ("validation", 0.7, 0.8), ("test", 0.8, 1))
-        stages.append(Stage(names[n], *(rows(names[n], *cut) for cut in cuts)))
+        train, validation, test = (rows(names[n], *cut) for cut in cuts)
+        stages.append(Stage(names[n], train, validation, test))
     return Scenario("text", tuple(stages))
 
 
@@ -212,7 +213,7 @@ def chrf(written: Sequence[bytes], rows: Rows) -> float:
 
     chrF2: F of character 1- to 6-grams, recall counted twice. Source: Popovic (2015), chrF.
     """
-    from sacrebleu.metrics import CHRF
+    from sacrebleu.metrics.chrf import CHRF
 
     text = lambda content: content.split(b"\n")[0].decode(errors="replace").strip()
     meant = [text(bytes(r[s > 0].tolist())) for r, s in zip(rows.tokens, rows.scored, strict=True)]

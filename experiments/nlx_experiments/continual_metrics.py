@@ -137,7 +137,7 @@ def draw(path: Any, matrices: Mapping[str, Matrix], tasks: Sequence[str]) -> Non
     figure, grid = plt.subplots(lines, columns, figsize=size, layout="constrained", squeeze=False)
     for axes in grid.flat[len(matrices) :]:
         axes.set_visible(False)
-    image = None
+    image: Any = None
     for axes, (title, matrix) in zip(grid.flat, matrices.items(), strict=False):
         image = axes.imshow(matrix, vmin=0, vmax=1, cmap="viridis")
         axes.set(title=title)

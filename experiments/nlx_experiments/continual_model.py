@@ -34,7 +34,7 @@ class Reader(nnx.Module):
     """A language model and a unit vector for each class."""
 
     def __init__(self, model: nn.LanguageModel, classes: int, *, rngs: nnx.Rngs):
-        """model: kept as it is. classes: how many, >= 1. rngs: what their vectors are drawn from."""
+        """model: kept as it is. classes: how many, >= 1. rngs: draws their vectors."""
         width = model.config.width
         drawn = jax.random.normal(rngs.params(), (width, classes))
         unit = drawn / jnp.linalg.norm(drawn, axis=0, keepdims=True)
@@ -47,13 +47,15 @@ class Reader(nnx.Module):
         Keys are the hidden activations, "<layer>.<level>" -> [b, t, units]: the MLP's output is
         their product with its last matrix.
         """
-        x, keys = self.model.embed(tokens), {}
+        keys: Keys = {}
+        x = self.model.embed(tokens)
         for place, block in enumerate(self.model.blocks):
             y, _ = block.mixer(block.norm(x), None, None)
             x = x + y
             cms = block.feed_forward
             weights = cms.aggregate[...] if cms.variant == "independent" else None
             given = x
+            level: Any
             for n, level in enumerate(cms.levels):
                 z = level.norm(x if weights is None else given)
                 hidden = jax.nn.silu(level.mlp.gate(z)) * level.mlp.up(z)

@@ -30,9 +30,7 @@ def mean_matrix(records: Sequence[Mapping[str, Any]]) -> Float[np.ndarray, "t t"
 
 def summaries(entry: Mapping[str, Any]) -> list[dict[str, float]]:
     """`continual_metrics.summary` of every seed."""
-    return [
-        metrics.summary(matrix_of(r), np.array(r["untrained"], float)) for r in entry["seeds"]
-    ]
+    return [metrics.summary(matrix_of(r), np.array(r["untrained"], float)) for r in entry["seeds"]]
 
 
 def interval(values: Sequence[float]) -> str:
@@ -68,7 +66,10 @@ def shown(results: Results, skipped: Mapping[str, str], name: str) -> str:
             parts.append(f"![just after each task]({stem}-learned.png)")
     if skipped:
         parts.append("Skipped: " + "; ".join(f"{n} ({why})" for n, why in skipped.items()) + ".")
-    parts += ["Settings tried, final accuracy on validation rows of the first tasks:", grid(results)]
+    parts += [
+        "Settings tried, final accuracy on validation rows of the first tasks:",
+        grid(results),
+    ]
     return "\n\n".join(parts)
 
 
@@ -124,7 +125,8 @@ def verdict(found: Mapping[str, Any]) -> list[str]:
         gains = [b["final"] - a["final"] for a, b in pairs]
         error = statistics.stdev(gains) / len(gains) ** 0.5 if len(gains) > 1 else 0.0
         gain = statistics.fmean(gains)
-        said = f"level {less + 1} brings {100 * gain:+.1f} at the end, standard error {100 * error:.1f}"
+        said = f"level {less + 1} brings {100 * gain:+.1f} at the end, standard error "
+        said += f"{100 * error:.1f}"
         lines.append((gain >= -error, said))
     return ["\n".join(f"* {'Shown' if holds else 'Not shown'}: {said}." for holds, said in lines)]
 

@@ -122,12 +122,14 @@ def encoded(texts: Sequence[str | bytes], length: int) -> Int[np.ndarray, "n t"]
     return out
 
 
-def labelled(tokens: Int[np.ndarray, "n t"], labels: Sequence[int]) -> Rows:
+def labelled(tokens: Int[np.ndarray, "n t"], labels: Sequence[int] | np.ndarray) -> Rows:
     """Rows of classes."""
     return Rows(tokens, np.asarray(labels, np.int32), np.zeros(tokens.shape, np.float32))
 
 
-Splits = Mapping[str, Mapping[str, Sequence[str]]]  # "train", "validation", "test" -> label -> texts
+Splits = Mapping[
+    str, Mapping[str, Sequence[str]]
+]  # "train", "validation", "test" -> label -> texts
 
 
 def by_class(

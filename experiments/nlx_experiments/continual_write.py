@@ -58,9 +58,7 @@ def least_squares(
 
     def seen(pair: Pair, held: Statistics) -> Statistics:
         first = jnp.where(held.begun, held.first, jnp.diag(pair.gram))
-        return Statistics(
-            (1 - 1 / horizon) * held.gram + pair.gram, first, jnp.ones((), bool)
-        )
+        return Statistics((1 - 1 / horizon) * held.gram + pair.gram, first, jnp.ones((), bool))
 
     def step(pair: Pair, held: Statistics) -> Pair:
         ridge = damping * held.first + 1e-6 * jnp.mean(held.first) + 1e-30

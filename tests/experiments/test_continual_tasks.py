@@ -83,7 +83,9 @@ def test_digits_come_two_at_a_time_and_permuted_ones_all_at_once():
         assert set(stage.train.labels) == set(stage.classes) == set(stage.test.labels)
         assert stage.train.tokens.min() >= 1
         assert stage.train.tokens.max() <= 17
-    first, second = tasks.permuted_digits(2, dict(train=50, validation=9, test=20), generator()).stages
+    first, second = tasks.permuted_digits(
+        2, dict(train=50, validation=9, test=20), generator()
+    ).stages
     np.testing.assert_array_equal(first.train.labels, second.train.labels)
     assert not np.array_equal(first.train.tokens, second.train.tokens)
     np.testing.assert_array_equal(np.sort(first.train.tokens), np.sort(second.train.tokens))
@@ -180,7 +182,9 @@ def test_bad_input_gets_a_sentence(tmp_path, clinc, monkeypatch):
         tasks.found("x", tmp_path / "gone")
     bad = tmp_path / "bad.csv"
     bad.write_text("a,b\n1,2\n")
-    with pytest.raises(Refused, match="must be a CSV file in UTF-8 with the columns text and label"):
+    with pytest.raises(
+        Refused, match="must be a CSV file in UTF-8 with the columns text and label"
+    ):
         tasks.labelled_file(bad, 2, COUNTS, 32, generator())
     bad.write_text("text,label\n")
     with pytest.raises(Refused, match="holds no line below its header"):
