@@ -1279,8 +1279,8 @@ MUTATIONS = (
     Mutation(
         "that only the last layer's values are written",
         f"{CONTINUAL}_rules.py",
-        """ and n.startswith(f"{last}.")}""",
-        "}",
+        "return {last: named[last]}",
+        "return named",
         OF_CONTINUAL,
     ),
     Mutation(

@@ -22,26 +22,36 @@ window the model was trained on. Of classes and translations those most alike, b
 shared with the question (retrieval, Liu et al., 2022); of domains any. Classes are scored by the
 likelihood of their names; `ASKED` rows of each class are asked.
 
-**Hope.** Ad-hoc stacking (Behrouz et al., 2025, section 7.3): `nn.from_pretrained_mlps(split=True)`
-cuts the hidden units of every layer into k groups, levels with the clocks 1, 4, 16 steps. An MLP is
-a memory: hidden activations are keys, the rows of its last matrix values found by them. Each choice
-answers one way to forget:
+**Hope.** Ad-hoc stacking (Behrouz et al., 2025, section 7.3): what was pretrained is the slowest
+level, which stands still, and k levels are added on the clocks 1, 4, 16 steps. An MLP is a memory:
+hidden activations are keys, the rows of its last matrix the values found by them. All levels add to
+the same values, each its own share, which starts at 0 (the nested variant of `nlx.nn.CMS`, Eq. 72;
+instead of a share that begins anew, what a level remembers of its keys fades). With rate 0 it is
+the model that was given. Each choice answers one way to forget:
 
 - Keys, attention, embeddings, norms and class vectors belong to no level and stay fixed. What is
   found by a key is kept only if the key stays what it was. For the same reason the values of the
   last layer alone are written: those of a layer below would move the keys of the layers above (in
-  a pilot of three tasks with both layers written, forgetting was twice as much and more).
-- At the end of its period a level writes the mean gradient of the task's loss by `least_squares`:
-  the step is small along keys that were often seen and goes where they are new, so a class is
-  written without writing over others. The mean of a period is its Eq. 71.
+  a pilot of three tasks with both layers written more was forgotten at once).
+- At the end of its period a level writes the mean gradient of the task's loss (Eq. 71), by
+  `least_squares`: the step is small along keys that were often seen and goes where they are new,
+  so a class is written without writing over others.
 - Each level remembers its keys for `horizon` firings, one number for all: the fastest for that many
   steps, then those directions are free again; the next for 4 times, the slowest for 16 times as
   many. So fast levels adapt and slow ones keep, and their sum is what is read.
+- Levels share the keys, they don't divide them: with the hidden units cut into one group a level
+  (`nn.from_pretrained_mlps(split=True)`) each level solves with fewer keys and without what they
+  have in common with the others', and more levels were worse.
+
+A pilot of the last two on a linear map alone (10 domains, one seed; the fixed keys of a model of
+400 steps, rate 16): with a horizon of 64 firings 1, 2 and 3 levels end at 68.6, 73.2 and 74.8 % and
+know each task just after it at 87.7, 87.2 and 87.0 %; of 256 at 79.5, 79.4, 78.9 and 84.8, 85.0,
+85.2. With keys divided (twice as many): 76.3, 75.9, 74.2 and 83.1, 82.2, 80.3 % at the end.
 
 What each is worth can be read off the rows: "hope, 1 level" has the write on one clock, so its
 distance from fine-tuning is the fixed keys' and the write's; what levels add is the distance from
 there; "hope, 3 levels, adam" has fixed keys and clocks without the write. The memory of a level is
-one Gram matrix of its units: EWC has two numbers for each parameter of the whole model.
+one Gram matrix of its keys: EWC has two numbers for each parameter of the whole model.
 """
 
 from collections.abc import Mapping
@@ -125,8 +135,6 @@ class Learner:
         self, method: Method, model: nn.LanguageModel, scenario: Scenario, plan: Plan, seed: int
     ):
         """Compiles nothing yet. model: pretrained, left as it is. seed: of the class vectors."""
-        clocks = clocks_of(method)
-        model = nn.from_pretrained_mlps(model, clocks, split=True) if clocks else model
         classes = max(1, len(scenario.texts))
         reader = Reader(model, classes, rngs=nnx.Rngs(1000 + seed))
         self.method, self.kind, self.plan, self.texts = method, scenario.kind, plan, scenario.texts

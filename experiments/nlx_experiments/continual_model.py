@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The one model that every method of continual learning begins with, and how it is read.
 
-A small byte Transformer++, trained on the standard library's source (`data.load`), its MLPs
-perhaps stacked into levels. A class is scored against the mean over the bytes of a row,
+A small byte Transformer++, trained on the standard library's source (`data.load`). A class is scored against the mean over the bytes of a row,
 
     s_c = <u_c, 1/n sum_t x_t>,    x_t the last block's outputs, u_c the class's unit vector,
 
@@ -42,25 +41,21 @@ class Reader(nnx.Module):
         self.classes = parameter(unit, ("embed", None))
 
     def mix(self, tokens: Int[Array, "b t"]) -> tuple[Float[Array, "b t d"], Keys]:
-        """As the model's `embed` and `mix`, and what every block of MLPs reads its values by.
+        """As the model's `embed` and `mix`, and what every MLP reads its values by.
 
-        Keys are the hidden activations, "<layer>.<level>" -> [b, t, units]: the MLP's output is
-        their product with its last matrix.
+        Keys are the hidden activations, "<layer>" -> [b, t, units]: the MLP's output is their
+        product with its last matrix, the values.
         """
         keys: Keys = {}
         x = self.model.embed(tokens)
         for place, block in enumerate(self.model.blocks):
             y, _ = block.mixer(block.norm(x), None, None)
             x = x + y
-            cms = block.feed_forward
-            weights = cms.aggregate[...] if cms.variant == "independent" else None
-            given = x
-            level: Any
-            for n, level in enumerate(cms.levels):
-                z = level.norm(x if weights is None else given)
-                hidden = jax.nn.silu(level.mlp.gate(z)) * level.mlp.up(z)
-                keys[f"{place}.{n}"] = hidden
-                x = x + (1 if weights is None else weights[n]) * level.mlp.down(hidden)
+            level: Any = block.feed_forward.levels[0]
+            z = level.norm(x)
+            hidden = jax.nn.silu(level.mlp.gate(z)) * level.mlp.up(z)
+            keys[str(place)] = hidden
+            x = x + level.mlp.down(hidden)
         return x, keys
 
     def class_scores(self, x: Float[Array, "b t d"], tokens: Int[Array, "b t"]) -> Array:

@@ -155,7 +155,10 @@ def fisher(graph: nnx.GraphDef, params: Any, batch: Batch, key: Array, kind: Kin
 def hope(
     graph: nnx.GraphDef, kind: Kind, clocks: Sequence[Clock], adam: bool = False
 ) -> dict[str, Any]:
-    """begin and step of levels of values on their clocks; nothing else ever moves.
+    """begin and step of levels on their clocks; nothing else ever moves.
+
+    The values in use are what was given plus what every level wrote: theta = sum_m theta^(m). One
+    gradient serves all levels, as in the nested variant of `nlx.nn.CMS`.
 
     clocks: of the levels, fast to slow. adam: what they write by, in place of `least_squares`.
     """
@@ -166,19 +169,11 @@ def hope(
             return optax.chain(scale, optax.scale(-1.0), _times(choice["rate"]))
         return least_squares(choice["rate"], choice["horizon"])
 
-    def parts(values: Mapping[str, Any], grams: Mapping[str, Any] | None = None):
-        """Pairs by level."""
-        by_level: list[dict[str, Pair]] = [{} for _ in clocks]
-        for name, w in values.items():
-            none = jnp.zeros((len(w), len(w)), w.dtype)
-            gram = none if grams is None else grams[name]
-            by_level[int(name.split(".")[1])][name] = Pair(w, gram)
-        return by_level
-
     def begin(params: Any) -> list[Any]:
         start = rule({"rate": 0.0, "horizon": 1.0})
-        held = parts(values_of(params))
-        return [optim.on_clock(start, c).init(p) for c, p in zip(clocks, held, strict=True)]
+        none = lambda w: Pair(jnp.zeros_like(w), jnp.zeros((len(w), len(w)), w.dtype))
+        shares = {name: none(w) for name, w in values_of(params).items()}
+        return [optim.on_clock(start, clock).init(shares) for clock in clocks]
 
     def step(params: Any, memories: list[Any], batch: Batch, choice: Mapping[str, Array]):
         values = values_of(params)
@@ -187,17 +182,16 @@ def hope(
             return task_loss(nnx.merge(graph, holding(params, values)), batch, kind)
 
         gradients, keys = jax.grad(loss, has_aux=True)(values)
-        scored = len(batch.tokens) if kind == "classes" else jnp.sum(batch.scored[:, 1:])
-        grams = {name: keys[name].T @ keys[name] / jnp.maximum(scored, 1) for name in values}
-        after, kept = {}, []
-        for clock, given, held, memory in zip(
-            clocks, parts(gradients, grams), parts(values), memories, strict=True
-        ):
+        read = len(batch.tokens) if kind == "classes" else jnp.sum(batch.scored[:, 1:])
+        gram = lambda name: keys[name].T @ keys[name] / jnp.maximum(read, 1)
+        given: Any = {name: Pair(gradients[name], gram(name)) for name in values}
+        kept = []
+        for clock, memory in zip(clocks, memories, strict=True):
             moved: Any
-            moved, memory = optim.on_clock(rule(choice), clock).update(given, memory, held)
-            after |= {name: held[name].values + moved[name].values for name in held}
+            moved, memory = optim.on_clock(rule(choice), clock).update(given, memory)
+            values = {name: w + moved[name].values for name, w in values.items()}
             kept.append(memory)
-        return holding(params, after), kept
+        return holding(params, values), kept
 
     return {"begin": begin, "step": jax.jit(step)}
 
@@ -207,22 +201,22 @@ def _times(rate: Any) -> optax.GradientTransformation:
 
 
 def values_of(params: nnx.State) -> dict[str, Float[Array, "i o"]]:
-    """The last matrix of each level in the last layer, named as its keys: "<layer>.<level>"."""
-    named = {_name(path): variable for path, variable in nnx.to_flat_state(params)}
-    last = max(int(name.split(".")[0]) for name in named if name is not None)
-    return {n: v[...] for n, v in named.items() if n is not None and n.startswith(f"{last}.")}
+    """The last matrix of the last layer's MLP, named as its keys: "<layer>"."""
+    named = {_layer(path): v[...] for path, v in nnx.to_flat_state(params) if _layer(path)}
+    last = max(named, key=int)
+    return {last: named[last]}
 
 
 def holding(params: nnx.State, values: Mapping[str, Array]) -> nnx.State:
     """The parameters with these values."""
 
     def place(path, variable):
-        name = _name(path) or ""
-        return variable if name not in values else variable.replace(values[name])
+        layer = _layer(path)
+        return variable.replace(values[layer]) if layer in values else variable
 
     return nnx.map_state(place, params)
 
 
-def _name(path: tuple) -> str | None:
-    """Of a block's values: layer and level, the third and the sixth part of their path."""
-    return f"{path[2]}.{path[5]}" if path[-2:] == ("down", "kernel") else None
+def _layer(path: tuple) -> str:
+    """Of an MLP's values the layer, the third part of their path; "" of all else."""
+    return str(path[2]) if path[-2:] == ("down", "kernel") else ""
