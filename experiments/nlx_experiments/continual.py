@@ -15,8 +15,11 @@ takes      not run to the end yet: meant for about an hour of CLINC150 (`--only 
            quiet cores; a cell that is stopped begins anew, finished ones are kept
 expects    meant, and not shown yet: on CLINC150, 3 seeds, Hope with 3 levels forgets at most half
            as much as fine-tuning, ends above fine-tuning and EWC, and knows each task just after it
-           within 5 points of fine-tuning; more levels hurt by at most a standard error. Pilots
-           that README.md tells of point that way
+           within 5 points of fine-tuning; more levels hurt by at most a standard error. A pilot
+           (one seed, 20 queries of a class, a model of 400 steps with 256 hidden units, nothing
+           tuned) had just after each task, at the end, forgotten: fine-tuning at 3e-3 67.2, 6.5,
+           67.4 %; Hope at rate 64, horizon 64, with 1 level 69.8, 54.9, 16.9, with 3 levels 70.9,
+           55.8, 16.8
 
 A stream's data comes from a path that is given, or from the folder NLX_DATA; what is neither there
 nor on every machine is skipped, with a line that says so. All methods take the same steps on the

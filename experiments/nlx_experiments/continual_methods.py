@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a model learns a stream of tasks: six methods, the same rows, steps and number of trials.
+"""How a model learns a stream of tasks: eight methods, the same rows, steps and trials.
 
 fine-tuning         Adam on all parameters, the class vectors among them
 in context          no learning: examples of the tasks seen so far in the prompt (below)
 ewc                 fine-tuning with the penalty strength/2 sum_tasks sum_n F_n (p_n - p*_n)^2
 replay              fine-tuning, half of each batch from a memory of rows of the tasks before
-hope, k levels      the MLPs' values as k levels on clocks (below)
+hope, k levels      k more levels of the MLPs' values, each on its clock (below)
 hope, 3 levels, adam  the same, each level with Adam in place of its write
 
 **Fine-tuning.** Gradients are clipped to norm 1; Adam's memories go on from task to task.
@@ -31,8 +31,9 @@ the model that was given. Each choice answers one way to forget:
 
 - Keys, attention, embeddings, norms and class vectors belong to no level and stay fixed. What is
   found by a key is kept only if the key stays what it was. For the same reason the values of the
-  last layer alone are written: those of a layer below would move the keys of the layers above (in
-  a pilot of three tasks with both layers written more was forgotten at once).
+  last layer alone are written: those of a layer below would move the keys of the layers above. (In
+  a pilot on three tasks the best of four trials that wrote both layers ended at 55.6 %, the best of
+  twelve that wrote the last alone at 77.8.)
 - At the end of its period a level writes the mean gradient of the task's loss (Eq. 71), by
   `least_squares`: the step is small along keys that were often seen and goes where they are new,
   so a class is written without writing over others.

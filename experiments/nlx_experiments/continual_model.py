@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The one model that every method of continual learning begins with, and how it is read.
 
-A small byte Transformer++, trained on the standard library's source (`data.load`). A class is scored against the mean over the bytes of a row,
+A small byte Transformer++, trained on the standard library's source (`data.load`). A class is
+scored against the mean over the bytes of a row,
 
     s_c = <u_c, 1/n sum_t x_t>,    x_t the last block's outputs, u_c the class's unit vector,
 
