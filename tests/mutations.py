@@ -73,6 +73,8 @@ OF_TOKENS, OF_FORMATS, OF_CHOICES, OF_HARNESS, OF_LANGUAGE = (
     f"experiments/test_{name}.py"
     for name in ("tokenization", "choice_formats", "multiple_choice", "harness", "language")
 )
+CONTINUAL, OF_CONTINUAL = f"{EXPERIMENTS}/continual", "experiments/test_continual.py"
+OF_METRICS, OF_STREAMS = (f"experiments/test_continual_{name}.py" for name in ("metrics", "tasks"))
 
 MUTATIONS = (
     Mutation(
@@ -1554,6 +1556,92 @@ MUTATIONS = (
         "SEEDS, PILOT = (0, 1, 2), 1000",
         "SEEDS, PILOT = (0, 1, 2), 0",
         OF_LANGUAGE,
+    ),
+    Mutation(
+        "that forgetting counts from the best, not from the first",
+        f"{CONTINUAL}_metrics.py",
+        "matrix[j:-1, j].max() - matrix[-1, j]",
+        "matrix[j, j] - matrix[-1, j]",
+        OF_METRICS,
+    ),
+    Mutation(
+        "what an untrained model knows, from forward transfer",
+        f"{CONTINUAL}_metrics.py",
+        "_mean(above - before[1:])",
+        "_mean(above)",
+        OF_METRICS,
+    ),
+    Mutation(
+        "the age of keys in a level's least squares",
+        f"{CONTINUAL}_write.py",
+        "(1 - 1 / horizon) * held.gram + pair.gram",
+        "held.gram + pair.gram",
+        OF_CONTINUAL,
+    ),
+    Mutation(
+        "the clocks of Hope's levels in continual learning",
+        f"{CONTINUAL}_rules.py",
+        "optim.on_clock(rule(choice), clock).update(",
+        "optim.on_clock(rule(choice), Clock(1)).update(",
+        OF_CONTINUAL,
+    ),
+    Mutation(
+        "that only the last layer's values are written",
+        f"{CONTINUAL}_rules.py",
+        "return {last: named[last]}",
+        "return named",
+        OF_CONTINUAL,
+    ),
+    Mutation(
+        "where EWC's penalties pull to",
+        f"{CONTINUAL}_rules.py",
+        "jnp.sum(0.5 * f * p * p - a * p)",
+        "jnp.sum(0.5 * f * p * p)",
+        OF_CONTINUAL,
+    ),
+    Mutation(
+        "that Fisher's answers are drawn from the model, a key a row",
+        f"{CONTINUAL}_rules.py",
+        "total, squared(row._replace(seen=batch.seen), key))",
+        "total, squared(row._replace(seen=batch.seen), keys[0]))",
+        OF_CONTINUAL,
+    ),
+    Mutation(
+        "half of replay's batch",
+        f"{CONTINUAL}_methods.py",
+        "half = len(rows) // 2",
+        "half = len(rows)",
+        OF_CONTINUAL,
+    ),
+    Mutation(
+        "that an examination is among classes seen",
+        f"{CONTINUAL}_methods.py",
+        "seen = self.seen.copy()",
+        "seen = np.ones_like(self.seen)",
+        OF_CONTINUAL,
+    ),
+    Mutation(
+        "that translations alone are scored",
+        f"{CONTINUAL}_language.py",
+        "[len((a + ARROW).encode()) for a, _ in pairs]",
+        "()",
+        OF_STREAMS,
+    ),
+    Mutation(
+        "that a text is trained on or tested on, by its hash",
+        f"{CONTINUAL}_tasks.py",
+        """splits[split].setdefault(label, []).append(text)
+    except (OSError, UnicodeDecodeError, KeyError, AttributeError)""",
+        """[s.setdefault(label, []).append(text) for s in splits.values()]
+    except (OSError, UnicodeDecodeError, KeyError, AttributeError)""",
+        OF_STREAMS,
+    ),
+    Mutation(
+        "the order of pixels of a permuted task",
+        f"{CONTINUAL}_tasks.py",
+        "generator.permutation(64) if n else np.arange(64)",
+        "np.arange(64)",
+        OF_STREAMS,
     ),
 )
 

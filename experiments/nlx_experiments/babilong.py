@@ -32,7 +32,7 @@ import numpy as np
 from jaxtyping import Array, PyTree
 
 from nlx import nn
-from nlx_experiments import report, resident, scattered_tasks
+from nlx_experiments import report, resident, scattered_tasks, sequence_table
 from nlx_experiments import sequence_experiment as experiment
 from nlx_experiments.data import Bytes
 from nlx_experiments.long_context import base, contestants, found, texts
@@ -244,9 +244,9 @@ def shown(results: Mapping[str, Any], picture: str = "results/babilong-lengths.p
         f"![share right by length]({picture})",
         "MiB of the process while one row is read, at the most since the column before:",
         streams(results).markdown(),
-        *experiment.control(results),
+        *sequence_table.control(results),
         "The whole grid:",
-        experiment.grid(results, "tokens").markdown(),
+        sequence_table.grid(results, "tokens").markdown(),
     ]
     return "\n\n".join(parts)
 
@@ -258,7 +258,7 @@ def by_length(task: Mapping[str, Any]) -> report.Table:
     lines: list[tuple] = []
     for model, exam in exams.items():
         right = exam["right"]
-        cells = [experiment.interval(right[n]) if n in right else "" for n in lengths]
+        cells = [sequence_table.interval(right[n]) if n in right else "" for n in lengths]
         whole = [statistics.fmean(right[n]) for n in lengths if n in right]
         mean = f"{100 * statistics.fmean(whole):.1f}" if len(whole) == len(lengths) else ""
         lines.append((model, *cells, mean))

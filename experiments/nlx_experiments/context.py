@@ -29,7 +29,7 @@ import numpy as np
 from jaxtyping import Array, Float, PyTree
 
 from nlx import nn
-from nlx_experiments import report
+from nlx_experiments import report, sequence_table
 from nlx_experiments import sequence_experiment as experiment
 from nlx_experiments.data import Bytes
 from nlx_experiments.errors import Refused
@@ -203,9 +203,9 @@ def shown(results: Mapping[str, Any], picture: str = "results/context-curves.png
         "bytes, mean of the seeds (lowest to highest):",
         table(task).markdown(),
         f"![perplexity against context]({picture})",
-        *experiment.control(results),
+        *sequence_table.control(results),
         "Bytes foretold, in windows of the length trained on:",
-        experiment.grid(results, "tokens").markdown(),
+        sequence_table.grid(results, "tokens").markdown(),
     ]
     return "\n\n".join(parts)
 

@@ -6,8 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nlx import nn
-from nlx_experiments import data
-from nlx_experiments import sequence_experiment as experiment
+from nlx_experiments import data, sequence_table
 from nlx_experiments.data import Bytes
 from nlx_experiments.reasoning import config, rivals
 
@@ -35,4 +34,4 @@ def texts(paths: Sequence[pathlib.Path]) -> tuple[Bytes, Bytes, Bytes]:
 
 def found(variants: Mapping[str, Any]) -> Mapping[str, Any]:
     """What the exam of the best variant found."""
-    return variants[experiment.best(variants)[0]]["exam"]
+    return variants[sequence_table.best(variants)[0]]["exam"]

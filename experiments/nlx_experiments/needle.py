@@ -34,7 +34,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 
 from nlx import nn
-from nlx_experiments import needle_tasks, needle_writing, report
+from nlx_experiments import needle_tasks, needle_writing, report, sequence_table
 from nlx_experiments import sequence_experiment as experiment
 from nlx_experiments.long_context import base, contestants, found, texts
 from nlx_experiments.needle_tasks import KINDS
@@ -281,8 +281,8 @@ def shown(results: Mapping[str, Any], picture: str = "results/needle-map.png") -
     for kind in found(next(iter(task["models"].values())))["right"]:
         parts += [f"{kind}:", by_length(task, kind).markdown()]
     parts += [*verdicts(task), f"![share right by length and depth]({picture})"]
-    parts += [*experiment.control(results), "Whole answers, rows of all kinds:"]
-    return "\n\n".join([*parts, experiment.grid(results, "rows").markdown()])
+    parts += [*sequence_table.control(results), "Whole answers, rows of all kinds:"]
+    return "\n\n".join([*parts, sequence_table.grid(results, "rows").markdown()])
 
 
 def by_length(task: Mapping[str, Any], kind: str) -> report.Table:
@@ -297,7 +297,7 @@ def by_length(task: Mapping[str, Any], kind: str) -> report.Table:
             paper = PAPER.get(model, {}).get(kind, ())
             places = dict(zip(("4096", "8192", "16384"), paper, strict=False))
             told = f" [{places[length]:g}]" if length in places else ""
-            cells.append(experiment.interval(seeds) + told)
+            cells.append(sequence_table.interval(seeds) + told)
         rows.append((model, *cells))
     rows.append(("*each symbol drawn*", *([f"{100 * some['chance'][kind]:.2g}"] * len(lengths))))
     return report.Table("", ["model", *(f"{int(n):,}" for n in lengths)], rows)

@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The tables of `nlx run continual`: what follows from each matrix, by method."""
+
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from nlx_experiments import continual_metrics as metrics
+from nlx_experiments import report
+
+COLUMNS = (
+    "final", "average", "learned", "forgetting", "backward", "forward", "plasticity",
+)  # fmt: skip
+FT, EWC, HOPE = "fine-tuning", "ewc", "hope, {} level{}"
+Results = Mapping[str, Mapping[str, Any]]
+
+
+def matrix_of(record: Mapping[str, Any]) -> Float[np.ndarray, "t t"]:
+    """R of a record: null is NaN."""
+    return np.array(record["matrix"], float)
+
+
+def mean_matrix(records: Sequence[Mapping[str, Any]]) -> Float[np.ndarray, "t t"]:
+    """The mean of the seeds' R, by place in the stream."""
+    return np.mean([matrix_of(r) for r in records], 0)
+
+
+def summaries(entry: Mapping[str, Any]) -> list[dict[str, float]]:
+    """`continual_metrics.summary` of every seed."""
+    return [metrics.summary(matrix_of(r), np.array(r["untrained"], float)) for r in entry["seeds"]]
+
+
+def interval(values: Sequence[float]) -> str:
+    """Percent: the mean, and the lowest and highest seed's where they differ."""
+    told = f"{100 * statistics.fmean(values):.1f}"
+    if len(values) == 1 or max(values) - min(values) < 5e-4:
+        return told
+    return f"{told} ({100 * min(values):.1f} to {100 * max(values):.1f})"
+
+
+def shown(results: Results, skipped: Mapping[str, str], name: str) -> str:
+    """All streams' tables, verdicts, controls and pictures, as Markdown."""
+    parts = [
+        "In percent, mean of the seeds (lowest to highest). `learned`: just after each task; "
+        "`plasticity`: that of the last fifth of tasks less that of the first; the others as "
+        "`continual_metrics.py` defines them. Of domains: bytes foretold right; of languages: chrF."
+    ]
+    for scenario, found in results.items():
+        some = next(iter(found.values()))["seeds"]
+        within, after = some[0]["chance"]
+        lines = [_line(method, entry) for method, entry in found.items()]
+        count = f"{len(some[0]['stages'])} tasks, {max(len(e['seeds']) for e in found.values())}"
+        parts.append(f"**{scenario}**: {count} seed(s).")
+        if within < 1:
+            guess = {"final": after, "learned": within}
+            told = (f"{100 * guess[c]:.1f}" if c in guess else "" for c in COLUMNS)
+            lines.append(("*chance (learned: among the task's classes)*", *told, ""))
+        parts.append(report.Table("", ["method", *COLUMNS, "settings"], lines).markdown())
+        parts += verdict(found) + control(found)
+        stem = f"results/{name}-{scenario.replace(' ', '-')}"
+        parts.append(f"![examined against learned]({stem}.png)")
+        if len(some[0]["stages"]) >= 20:
+            parts.append(f"![just after each task]({stem}-learned.png)")
+    if skipped:
+        parts.append("Skipped: " + "; ".join(f"{n} ({why})" for n, why in skipped.items()) + ".")
+    parts += [
+        "Settings tried, final accuracy on validation rows of the first tasks:",
+        grid(results),
+    ]
+    return "\n\n".join(parts)
+
+
+def _line(method: str, entry: Mapping[str, Any]) -> tuple[str, ...]:
+    found = summaries(entry)
+    told = (interval([s[column] for s in found]) for column in COLUMNS)
+    return (method, *told, settings(entry["seeds"][0]["choice"]))
+
+
+def settings(choice: Mapping[str, float]) -> str:
+    """A setting in words."""
+    return ", ".join(f"{name} {value:g}" for name, value in choice.items()) or "none"
+
+
+def grid(results: Results) -> str:
+    """Every setting of every method: what it reached, ** what was chosen."""
+    lines = []
+    for scenario, found in results.items():
+        for method, entry in found.items():
+            chosen = entry["seeds"][0]["choice"]
+            for record in entry["tried"]:
+                mark = "**" if record["choice"] == chosen else ""
+                told = f"{mark}{100 * record['validation']:.1f}{mark}"
+                lines.append((scenario, method, settings(record["choice"]), told))
+    return report.Table("", ["stream", "method", "settings", "validation"], lines).markdown()
+
+
+def verdict(found: Mapping[str, Any]) -> list[str]:
+    """What was to be shown of Hope against fine-tuning and EWC, seed for seed; "" where unknown."""
+    three = HOPE.format(3, "s")
+    if not {FT, EWC, three} <= found.keys():
+        return []
+    mean = lambda method, what: statistics.fmean(s[what] for s in summaries(found[method]))
+    lost, plain = mean(three, "forgetting"), mean(FT, "forgetting")
+    lines = [
+        (lost <= plain / 2, f"3 levels forget {100 * lost:.1f}, fine-tuning {100 * plain:.1f}"),
+        (
+            mean(three, "final") > max(mean(FT, "final"), mean(EWC, "final")),
+            f"3 levels end at {100 * mean(three, 'final'):.1f}, fine-tuning at "
+            f"{100 * mean(FT, 'final'):.1f}, EWC at {100 * mean(EWC, 'final'):.1f}",
+        ),
+        (
+            mean(three, "learned") >= mean(FT, "learned") - 0.05,
+            f"just after each task {100 * mean(three, 'learned'):.1f} against "
+            f"{100 * mean(FT, 'learned'):.1f}",
+        ),
+    ]
+    for less in (1, 2):
+        fewer, more = HOPE.format(less, "s" * (less > 1)), HOPE.format(less + 1, "s")
+        if not {fewer, more} <= found.keys():
+            continue
+        pairs = zip(summaries(found[fewer]), summaries(found[more]), strict=False)
+        gains = [b["final"] - a["final"] for a, b in pairs]
+        error = statistics.stdev(gains) / len(gains) ** 0.5 if len(gains) > 1 else 0.0
+        gain = statistics.fmean(gains)
+        said = f"level {less + 1} brings {100 * gain:+.1f} at the end, standard error "
+        said += f"{100 * error:.1f}"
+        lines.append((gain >= -error, said))
+    return ["\n".join(f"* {'Shown' if holds else 'Not shown'}: {said}." for holds, said in lines)]
+
+
+def control(found: Mapping[str, Any]) -> list[str]:
+    """What was learned from shuffled labels; nothing where no control ran."""
+    told = []
+    for method, entry in found.items():
+        if "control" not in entry:
+            continue
+        matrix, (within, after) = matrix_of(entry["control"]), entry["control"]["chance"]
+        told.append(
+            f"{method} {100 * metrics.learned(matrix):.1f} just after each task (chance among its "
+            f"classes {100 * within:.1f}), {100 * metrics.final(matrix):.1f} at the end (chance "
+            f"among all {100 * after:.1f}, among one task's {100 * within / len(matrix):.1f})"
+        )
+    return [f"Control, trained on shuffled labels: {'; '.join(told)}."] if told else []

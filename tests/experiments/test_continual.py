@@ -1,0 +1,434 @@
+"""Methods of continual learning against their equations, and the tiny run from end to end."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from nlx_experiments import continual_language, continual_streams, continual_table, run
+from nlx_experiments import continual_methods as methods
+from nlx_experiments import continual_prompt as prompts
+from nlx_experiments import continual_rules as rules
+from nlx_experiments import continual_tasks as tasks
+from nlx_experiments.continual_methods import METHODS, Learner, Plan
+from nlx_experiments.continual_model import Reader, Size, pretrained
+from nlx_experiments.continual_tasks import Scenario, Stage
+from nlx_experiments.continual_write import Pair, least_squares
+from nlx_experiments.errors import Refused
+
+from nlx import nn
+
+SIZE = Size(width=16, layers=2, heads=2, hidden=18, length=48)
+PLAN = Plan(batch=4, epochs=1, kept=2)
+WORDS = ("red", "tall", "fast", "cold")
+
+
+@pytest.fixture(scope="module")
+def model():
+    return nn.LanguageModel(SIZE.config(), rngs=nnx.Rngs(0))
+
+
+def rows_of(labels, repeats=4):
+    texts = [f"{n} {WORDS[c]} {WORDS[c]}" for c in labels for n in range(repeats)]
+    return tasks.labelled(tasks.encoded(texts, 16), np.repeat(labels, repeats))
+
+
+@pytest.fixture(scope="module")
+def scenario():
+    """Two tasks of two classes, whose rows hold their class's word."""
+    stages = [Stage(str(c), *[rows_of(c)] * 3, classes=c) for c in ((0, 1), (2, 3))]
+    return Scenario("classes", tuple(stages), WORDS)
+
+
+def learner(method, model, scenario, **plan):
+    return Learner(METHODS[method], model, scenario, PLAN._replace(**plan), 0)
+
+
+def test_least_squares_is_the_minimizer_over_all_it_ever_saw(x64):
+    """Five batches one after the other, each seen once, against one solution by age."""
+    draw = np.random.default_rng(0)
+    keys, values = draw.normal(size=(5, 8, 6)), draw.normal(size=(5, 8, 3))
+    for horizon in (np.inf, 4.0):
+        rule = least_squares(1.0, horizon, damping=1e-9)
+        weights = jnp.zeros((6, 3))
+        state = rule.init({"w": Pair(weights, jnp.zeros((6, 6)))})
+        for k, v in zip(keys, values, strict=True):
+            gradient = k.T @ (k @ weights - v) / 8
+            update, state = rule.update({"w": Pair(gradient, jnp.asarray(k.T @ k / 8))}, state)
+            weights = weights + update["w"].values
+        ages = (1 - 1 / horizon) ** np.arange(4, -1, -1)
+        gram = np.einsum("a,ani,anj->ij", ages, keys, keys)
+        right = np.einsum("a,ani,ano->io", ages, keys, values)
+        np.testing.assert_allclose(weights, np.linalg.solve(gram, right), atol=1e-5)
+
+
+def test_damping_is_counted_in_first_firings(x64):
+    rule = least_squares(0.5, np.inf, damping=3.0)
+    gram, gradient = jnp.diag(jnp.array([1.0, 4.0])), jnp.array([[8.0], [8.0]])
+    state = rule.init({"w": Pair(gradient, gram)})
+    for n in (1, 2):
+        update, state = rule.update({"w": Pair(gradient, gram)}, state)
+        want = -0.5 * gradient / (jnp.diag(gram)[:, None] * (3 + n))
+        np.testing.assert_allclose(update["w"].values, want, rtol=1e-5)
+
+
+def test_what_is_read_is_what_the_model_reads_and_keys_are_its_hidden_units(model, scenario):
+    tokens = jnp.asarray(scenario.stages[0].train.tokens)
+    want, _ = model.mix(model.embed(tokens))
+    got, keys = Reader(model, 4, rngs=nnx.Rngs(0)).mix(tokens)
+    np.testing.assert_allclose(got, want, atol=2e-5)
+    down = model.blocks[1].feed_forward.levels[0].mlp.down.kernel[...]
+    zero = nnx.clone(model)
+    zero.blocks[1].feed_forward.levels[0].mlp.down.kernel[...] = jnp.zeros_like(down)
+    without, _ = zero.mix(zero.embed(tokens))
+    np.testing.assert_allclose(keys["1"] @ down, want - without, atol=2e-5)
+
+
+def test_only_the_last_layers_values_ever_move(model, scenario):
+    one = learner("hope, 3 levels", model, scenario)
+    before = nnx.to_flat_state(one.params)
+    one.learn(scenario.stages[0], {"rate": 1.0, "horizon": 64.0})
+    after = nnx.to_flat_state(one.params)
+    moved = [p for (p, a), (_, b) in zip(before, after, strict=True) if (a[...] != b[...]).any()]
+    assert moved == [("model", "blocks", 1, "feed_forward", "levels", 0, "mlp", "down", "kernel")]
+
+
+def test_with_rate_zero_hope_is_the_model_that_was_given(model, scenario):
+    one = learner("hope, 2 levels", model, scenario)
+    before = jax.tree.leaves(one.params)
+    for stage in scenario.stages:
+        one.learn(stage, {"rate": 0.0, "horizon": 64.0})
+    for a, b in zip(before, jax.tree.leaves(one.params), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_each_level_adds_its_periods_mean_when_its_clock_fires(model, scenario):
+    """Five steps of two levels: the first writes each gradient, the second the mean of four."""
+    one = learner("hope, 2 levels", model, scenario)
+    choice = {"rate": jnp.float32(1.0), "horizon": jnp.float32(8.0)}
+    seen = np.array([True, True, False, False])
+    rows = scenario.stages[0].train
+
+    @jax.jit
+    def measured(params, batch):
+        def loss(values):
+            reader = nnx.merge(one.graph, rules.holding(params, values))
+            return rules.task_loss(reader, batch, "classes")
+
+        gradient, keys = jax.grad(loss, has_aux=True)(rules.values_of(params))
+        return Pair(gradient["1"], keys["1"].T @ keys["1"] / 2)
+
+    rule = least_squares(1.0, 8.0)
+    update = jax.jit(rule.update)
+    params, memories, pairs = one.params, one.memories, []
+    values = rules.values_of(params)["1"]
+    fast = rule.init({"w": Pair(values, jnp.zeros((18, 18)))})
+    slow = fast
+    for n in range(5):
+        batch = methods.batch_of(rows.take(np.array([n % 4, n % 4 + 4])), seen)
+        pairs.append(measured(params, batch))
+        moved, fast = update({"w": pairs[-1]}, fast)
+        values = values + moved["w"].values
+        if n == 3:
+            mean = jax.tree.map(lambda *x: sum(x) / 4, *pairs)
+            moved, slow = update({"w": mean}, slow)
+            values = values + moved["w"].values
+        params, memories = one.functions["step"](params, memories, batch, choice)
+        got = rules.values_of(params)["1"]
+        np.testing.assert_allclose(got, values, rtol=5e-3, atol=5e-3)
+
+
+def test_fisher_is_the_mean_square_of_the_drawn_answers_gradients(model, scenario):
+    one = learner("ewc", model, scenario)
+    rows, key = scenario.stages[0].train.take(np.arange(8)), jax.random.key(1)
+    seen = np.array([True, True, False, False])
+    given = one.functions["remember"](one.params, one.memories, methods.batch_of(rows, seen), key)
+
+    @jax.jit
+    def squared(params, tokens, key):
+        def scores(params):
+            reader = nnx.merge(one.graph, params)
+            given = reader.class_scores(reader.mix(tokens)[0], tokens)[:, :2]
+            return jax.nn.log_softmax(given)[0]
+
+        told = jnp.pad(scores(params), (0, 2), constant_values=-jnp.inf)
+        drawn = jax.random.categorical(key, told[None])[0]
+        return drawn, jax.tree.map(jnp.square, jax.grad(lambda p: scores(p)[drawn])(params))
+
+    total, answers = jax.tree.map(jnp.zeros_like, one.params), set()
+    for row, own in zip(rows.tokens, jax.random.split(key, 8), strict=True):
+        drawn, square = squared(one.params, jnp.asarray(row)[None], own)
+        answers.add(int(drawn))
+        total = jax.tree.map(lambda t, s: t + s / 8, total, square)
+    assert answers == {0, 1}  # so that they are drawn, and are not the labels' or the likeliest
+    for a, b in zip(jax.tree.leaves(given.fisher), jax.tree.leaves(total), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6)
+
+
+def test_the_penalty_pulls_to_every_task_as_each_alone_would(model, scenario):
+    draw = np.random.default_rng(0)
+    like = lambda: {"w": jnp.asarray(draw.uniform(size=(3,)), jnp.float32)}
+    ends, fishers, now = [like(), like()], [like(), like()], like()
+    memories = rules.Whole(
+        (),
+        {"w": fishers[0]["w"] + fishers[1]["w"]},
+        {"w": sum(f["w"] * e["w"] for f, e in zip(fishers, ends, strict=True))},
+    )
+    each = lambda p: sum(
+        0.5 * jnp.sum(f["w"] * (p["w"] - e["w"]) ** 2) for f, e in zip(fishers, ends, strict=True)
+    )
+    got, want = (jax.grad(f)(now)["w"] for f in (lambda p: rules.penalty(p, memories), each))
+    np.testing.assert_allclose(got, want, atol=1e-6)
+    one = learner("ewc", model, scenario)
+    choice = {"rate": 1e-2, "strength": 1e3}
+    one.learn(scenario.stages[0], choice)
+    end, first = one.params, one.memories
+    one.learn(scenario.stages[1], choice)
+    for f, a, p in zip(*map(jax.tree.leaves, (first.fisher, first.anchor, end)), strict=True):
+        np.testing.assert_allclose(a, f * p, atol=1e-6)
+    grown = jax.tree.map(lambda a, b: bool((b >= a).all()), first.fisher, one.memories.fisher)
+    assert all(jax.tree.leaves(grown))
+
+
+def test_a_strong_penalty_holds_the_parameters_and_a_weak_one_does_not(model, scenario):
+    def moved(strength):
+        one = learner("ewc", model, scenario, epochs=3)
+        choice = {"rate": 3e-3, "strength": strength}
+        one.learn(scenario.stages[0], choice)
+        end, important = one.params, one.memories.fisher
+        one.learn(scenario.stages[1], choice)
+        parts = jax.tree.map(lambda f, a, b: jnp.sum(f * (a - b) ** 2), important, end, one.params)
+        return float(sum(jax.tree.leaves(parts)))
+
+    assert moved(1e6) < 0.5 * moved(0.0)
+
+
+def test_replay_keeps_its_budget_and_gives_half_of_each_batch(model, scenario, monkeypatch):
+    one = learner("replay", model, scenario, kept=3)
+    given = []
+    step = one.functions["step"]
+    one.functions = one.functions | {
+        "step": lambda p, m, b, c: (given.append(np.asarray(b.labels)), step(p, m, b, c))[1]
+    }
+    one.learn(scenario.stages[0], {"rate": 1e-3})
+    assert sorted(one.held[0].labels) == [0, 0, 0, 1, 1, 1]
+    given.clear()
+    one.learn(scenario.stages[1], {"rate": 1e-3})
+    assert one.steps == 4
+    for labels in given:
+        assert len(labels) == 4
+        assert (labels < 2).sum() == 2
+
+
+def test_every_method_takes_the_same_steps(model, scenario):
+    for name in METHODS:
+        if not METHODS[name].context:
+            one = learner(name, model, scenario, epochs=2)
+            one.learn(scenario.stages[0], METHODS[name].grid[0])
+            assert one.steps == 4, name
+    assert {len(m.grid) for m in METHODS.values() if not m.context} == {4}
+
+
+def test_an_examination_is_among_classes_seen_and_the_tasks_own(model, scenario):
+    one = learner("fine-tuning", model, scenario)
+    scores = np.array([0.0, 1.0, 3.0, 2.0])
+    tall = {"right": lambda p, b, c: _right(scores, b, c)}
+    one.functions = one.functions | tall
+    first, second = scenario.stages
+    assert one.examine(first, first.test) == 0.5  # class 1 wins, 2 and 3 were never seen
+    assert one.examine(second, second.test) == 0.5  # class 2 wins
+    one.seen[:] = True
+    assert one.examine(first, first.test) == 0.0  # class 2 wins over both
+
+
+def _right(scores, batch, counts):
+    given = np.where(batch.seen, scores, -np.inf).argmax()
+    return np.sum((batch.labels == given) * counts), np.sum(counts)
+
+
+@pytest.mark.slow
+def test_language_is_scored_where_it_is_asked_and_written_byte_by_byte(model):
+    rows = continual_language.translated([("ab", "cd"), ("x", "yz")], 16)
+    scenario = Scenario("translation", (Stage("t", rows, rows, rows),))
+    one = learner("fine-tuning", model, scenario)
+    batch = methods.batch_of(rows, one.seen)
+    given = model(batch.tokens[:, :-1])[0]
+    lost = optax.softmax_cross_entropy_with_integer_labels(given, batch.tokens[:, 1:])
+    told = [lost[0, n - 1] for n in range(5, 8)] + [lost[1, n - 1] for n in range(4, 7)]
+    got, keys = rules.task_loss(nnx.merge(one.graph, one.params), batch, "translation")
+    np.testing.assert_allclose(got, sum(told) / 6, rtol=1e-5)
+    assert (np.abs(keys["1"]).sum(1) > 0).sum() == 6
+    tokens, begins = continual_language.asked(rows)
+    written = np.asarray(one.functions["write"](one.params, tokens, begins))
+    want = tokens.copy()
+    for place in range(1, 16):
+        likely = np.asarray(model(jnp.asarray(want))[0][:, place - 1].argmax(-1))
+        want[:, place] = np.where(place >= begins, likely, want[:, place])
+    np.testing.assert_array_equal(written, want)
+
+
+def test_a_prompt_holds_the_most_alike_examples_nearest_to_the_question():
+    known = [prompts.trigrams(t) for t in (b"red house", b"tall tree", b"red horse")]
+    assert prompts.alike(prompts.trigrams(b"red house!"), known) == [0, 2, 1]
+    assert prompts.prompt(b"q", [b"near\n", b"far\n"], 12) == b"\n\nfar\nnear\nq"
+    assert prompts.prompt(b"q", [b"near\n", b"too long to fit\n"], 8) == b"\n\nnear\nq"
+    assert prompts.prompt(b"long question", [], 8) == b"question"
+
+
+@pytest.mark.slow
+def test_names_are_scored_by_the_likelihood_of_their_bytes(model, scenario, monkeypatch):
+    monkeypatch.setattr(prompts, "NAMED", 9)
+    rows = scenario.stages[0].test.take(np.array([0, 5]))
+    room = 48 - 9
+    right = 0
+    for row, label in zip(rows.tokens, rows.labels, strict=True):
+        question = bytes(row[row > 0].tolist())
+        scores = []
+        for word in WORDS[:2]:
+            whole = prompts.prompt(question, [], room) + f" = {word}\n".encode()
+            tokens = jnp.asarray(list(whole))[None]
+            told = jax.nn.log_softmax(model(tokens[:, :-1])[0])[0]
+            scores.append(np.mean([told[n - 1, whole[n]] for n in range(room, len(whole))]))
+        right += int(np.argmax(scores) == label)
+    seen = np.array([True, True, False, False])
+    assert prompts.classes(model, rows, None, WORDS, seen) == right / 2
+
+
+@pytest.mark.slow
+def test_in_context_nothing_is_learned_and_examples_help_a_model_that_copies(model, scenario):
+    one = learner("in context", model, scenario)
+    before = jax.tree.leaves(one.params)
+    one.learn(scenario.stages[0], {})
+    assert one.steps == 0
+    assert all(a is b for a, b in zip(before, jax.tree.leaves(one.params), strict=True))
+    assert len(one.held[0]) == 8
+    text = continual_language.foretold([b"abcdefgh", b"hgfedcba"], 8)
+    for kind in ("text", "translation"):
+        rows = text if kind == "text" else continual_language.translated([("ab", "cd")], 16)
+        stream = Scenario(kind, (Stage("t", rows, rows, rows),))
+        one = learner("in context", model, stream)
+        one.learn(stream.stages[0], {})
+        assert 0 <= one.examine(stream.stages[0], rows) <= 1
+
+
+def test_text_after_a_prompt_is_scored_as_the_model_reads_it(model):
+    rows = continual_language.foretold([b"abcdefgh"], 8)
+    known = continual_language.foretold([b"zz"], 8)
+    fill = prompts.prompt(b"", [b"zz"] * 16, 40)
+    tokens = jnp.asarray(list(fill + b"abcdefgh"))[None]
+    likely = np.asarray(model(tokens)[0].argmax(-1))[0]
+    want = np.mean([likely[40 + n - 1] == b"abcdefgh"[n] for n in range(1, 8)])
+    got = prompts.text(model, rows, known, np.random.default_rng(0))
+    assert got == pytest.approx(want)
+
+
+def test_the_model_is_trained_once_and_damage_is_told(tmp_path):
+    size = dataclasses.replace(SIZE, steps=2, rows=2)
+    first = pretrained(size, tmp_path)
+    (path,) = tmp_path.glob("model-*.npz")
+    written = path.stat().st_mtime_ns
+    again = pretrained(size, tmp_path)
+    assert path.stat().st_mtime_ns == written
+    for a, b in zip(*(jax.tree.leaves(nnx.state(m)) for m in (first, again)), strict=True):
+        np.testing.assert_array_equal(a, b)
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(Refused, match="is damaged"):
+        pretrained(size, tmp_path)
+
+
+def entry(matrices, **more):
+    record = lambda m: {
+        "matrix": m, "untrained": [0.0] * len(m), "choice": {"rate": 1.0},
+        "stages": ["a", "b"], "chance": [0.5, 0.25],
+    }  # fmt: skip
+    return {"seeds": [record(m) for m in matrices], "tried": [], **more}
+
+
+def test_the_verdict_compares_as_it_says():
+    of = lambda learned, kept: [[learned, 0.0], [kept, learned]]
+    found = {
+        "fine-tuning": entry([of(0.9, 0.1)] * 3),
+        "ewc": entry([of(0.9, 0.2)] * 3),
+        "hope, 1 level": entry([of(0.85, 0.60), of(0.85, 0.62), of(0.85, 0.64)]),
+        "hope, 2 levels": entry([of(0.86, 0.59), of(0.86, 0.63), of(0.86, 0.62)]),
+        "hope, 3 levels": entry([of(0.86, 0.49), of(0.86, 0.53), of(0.86, 0.52)]),
+    }
+    (said,) = continual_table.verdict(found)
+    lines = said.splitlines()
+    assert [line.split(":")[0] for line in lines] == ["* Shown"] * 4 + ["* Not shown"]
+    assert "3 levels forget 34.7, fine-tuning 80.0" in lines[0]
+    assert "level 3 brings -5.0 at the end, standard error 0.0" in lines[4]
+    assert continual_table.verdict({"fine-tuning": found["fine-tuning"]}) == []
+    text = continual_table.shown(
+        {"clinc150": found}, {"file": "no `--file` was given"}, "continual"
+    )
+    assert "| fine-tuning | 50.0 | 70.0 | 90.0 | 80.0 | -80.0 | 0.0 | 0.0 | rate 1 |" in text
+    assert "Skipped: file (no `--file` was given)." in text
+
+
+def test_the_tiny_run_goes_on_where_it_stopped(tmp_path, capsys):
+    folder = ["--runs", str(tmp_path), "--place", str(tmp_path)]
+    some = ["--models", "fine-tuning", "hope, 3 levels"]
+    assert run.main(["run", "continual-tiny", *folder, *some]) == 0
+    held = json.loads((tmp_path / "results" / "continual.json").read_text())
+    assert {r["part"] for r in held["cells"]} == {"try 0", "try 1", "try 2", "try 3", 0}
+    assert "| hope, 3 levels |" in (tmp_path / "results" / "continual.md").read_text()
+    assert (tmp_path / "results" / "continual-digits.png").exists()
+    lines = (tmp_path / "cells.jsonl").read_text().splitlines()
+    (tmp_path / "cells.jsonl").write_text("\n".join(lines[:-1]) + "\n" + lines[-1][:20])
+    capsys.readouterr()
+    assert run.main(["run", "continual-tiny", *folder, *some]) == 0
+    assert len(capsys.readouterr().out.split("% at the end")) - 1 == 1
+    again = json.loads((tmp_path / "results" / "continual.json").read_text())
+    assert [r.get("matrix") for r in again["cells"]] == [r.get("matrix") for r in held["cells"]]
+
+
+def test_bad_input_gets_a_sentence(tmp_path, capsys, monkeypatch):
+    said = lambda *argv: (run.main(["run", *argv]), capsys.readouterr().err)
+    code, error = said("continual-tiny", "--only", "jokes")
+    assert (code, "`only` holds 'jokes'; it must be one of digits" in error) == (2, True)
+    code, error = said("continual-tiny", "--models", "luck")
+    assert (code, "`models` holds 'luck'; it must be one of fine-tuning" in error) == (2, True)
+    code, error = said("continual", "--seeds", "0")
+    assert (code, "`seeds` is 0; it must be an integer >= 1" in error) == (2, True)
+
+
+def test_a_stream_without_its_data_is_skipped_with_a_reason(tmp_path, monkeypatch):
+    monkeypatch.delenv("NLX_DATA", raising=False)
+    rows = continual_streams.full(continual_streams.Continual())
+    for name in ("clinc150", "banking77", "file", "kalamang", "kalamang after another"):
+        with pytest.raises(tasks.Absent):
+            rows[name].made(np.random.default_rng(0))
+    assert len(rows["permuted digits"].made(np.random.default_rng(0)).stages) == 50
+
+
+@pytest.mark.slow
+def test_what_is_learned_is_kept_by_hope_and_lost_by_fine_tuning():
+    size = dataclasses.replace(SIZE, width=32, hidden=192)
+    model = nn.LanguageModel(size.config(), rngs=nnx.Rngs(0))
+    draw = np.random.default_rng(0)
+    words = ["".join(draw.choice(list("abcdefghijklmnop"), 6)) for _ in range(12)]
+
+    def rows(classes):
+        texts = [f"{draw.integers(1000)} {words[c]}" for c in classes for _ in range(16)]
+        return tasks.labelled(tasks.encoded(texts, 16), np.repeat(classes, 16))
+
+    pairs = np.arange(12).reshape(4, 3)
+    stages = [Stage(str(p), rows(p), rows(p), rows(p), classes=tuple(map(int, p))) for p in pairs]
+    stream = Scenario("classes", tuple(stages), tuple(words))
+    kept = {}
+    for name, choice in (
+        ("fine-tuning", {"rate": 1e-2}),
+        ("hope, 3 levels", {"rate": 64.0, "horizon": 256.0}),
+    ):
+        one = learner(name, model, stream, batch=8, epochs=6)
+        for stage in stages:
+            one.learn(stage, choice)
+        assert one.examine(stages[-1], stages[-1].test) > 0.8, name
+        kept[name] = np.mean([one.examine(s, s.test) for s in stages[:-1]])
+    assert kept["fine-tuning"] < 0.4
+    assert kept["hope, 3 levels"] > 0.6
