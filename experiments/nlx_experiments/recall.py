@@ -61,6 +61,13 @@ class Recall(Options):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Longer(Recall):
+    """The same with four times the steps: what was not done learning?"""
+
+    runs: pathlib.Path = pathlib.Path("runs/recall-longer")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Gpu(Recall):
     """The same at about the papers' lengths, 16 to 64 pairs, states of 32 to 128 KiB: for a GPU."""
 
@@ -78,10 +85,12 @@ class Tiny(Recall):
 
 def main(options: Recall) -> dict[str, Any]:
     """Runs what is not known yet; writes table, picture and numbers."""
+    name, rows = "recall", tiny() if isinstance(options, Tiny) else full()
+    if isinstance(options, Longer):
+        name, rows = "recall-longer", full(LONGER)
     if isinstance(options, Gpu):
-        return experiment.run(options, "recall-gpu", full(OF_GPU), shown, measure="tokens")
-    rows = tiny() if isinstance(options, Tiny) else full()
-    return experiment.run(options, "recall", rows, shown, measure="tokens")
+        name, rows = "recall-gpu", full(OF_GPU)
+    return experiment.run(options, name, rows, shown, measure="tokens")
 
 
 @functools.cache
@@ -170,6 +179,7 @@ class Size(NamedTuple):
 
 
 FULL = Size(LENGTH, PARAMETERS, 800, ((4, STATE), (8, STATE), (8, STATE // 2), (8, 2 * STATE)), 32)
+LONGER = FULL._replace(steps=4 * FULL.steps)
 OF_GPU = Size(
     256, 400_000, 5_000, tuple((p, n * STATE) for p in (16, 32, 64) for n in (2, 4, 8)), 256,
     4 * STATE,

@@ -9,6 +9,7 @@ from nlx_experiments import ablation
 
 def test_an_ablation_without_the_whole_shows_what_there_is():
     found = {"held out": {"rows": [0.0] * 2, "loss": [1.0, 2.0]}, "validation": -1}
+    found["validations"] = [-1, -1]
     record = {"rates": {"0.005": found}, "rate": "0.005", "steps": 1}
     plan = {"bins": {"held out": (4, 4)}}
     text = ablation.shown({"text": {"plan": plan, "models": {"w/o DGD": {"": record}}}})
@@ -20,6 +21,7 @@ def test_both_tasks_are_compared_with_the_papers_columns():
 
     def record(loss, shares):
         found = {"held out": {"rows": [0.0] * 2, "loss": loss}, "validation": -1}
+        found["validations"] = [-1, -1]
         found |= {b: {"rows": shares, "tokens": shares} for b in ("short", "long")}
         return {"": {"rates": {"0.005": found}, "rate": "0.005", "steps": 1}}
 
@@ -30,6 +32,7 @@ def test_both_tasks_are_compared_with_the_papers_columns():
     }
     text = ablation.shown(results)
     assert "+0.289 ± 0.000 | yes | 13.41 (+1.17) |" in text
+    assert "All rows alike: text 1 steps, rate 0.005, 2 seeds; parity 1 steps," in text
     assert "55 (50 to 60) / 55 (50 to 60) | +40.0 ± 0.0 | yes | 56.5 (-1.6) |" in text
 
 
