@@ -136,6 +136,10 @@ def plot(path: pathlib.Path, results: Mapping[str, Any], measure: str) -> None:
     for axes in panels.flat[len(results) :]:
         axes.set_visible(False)
     known: list[list[str]] = []  # bins that a legend names
+    for axes in panels[:, 0]:
+        axes.set_ylabel(
+            {"rows": "share of rows right", "tokens": "share of answers right"}[measure]
+        )
     for axes, (name, task) in zip(panels.flat, results.items(), strict=False):
         bins, models = list(task["plan"]["bins"]), list(task["models"])
         width = 0.8 / len(bins)
