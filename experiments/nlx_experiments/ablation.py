@@ -27,6 +27,8 @@ import statistics
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from scipy import stats
+
 from nlx import nn
 from nlx_experiments import data, formal_languages, sequence_table
 from nlx_experiments import sequence_experiment as experiment
@@ -230,7 +232,8 @@ def compared(
     if row == "Hope" or row not in values or "Hope" not in values:
         return "", ""
     worse, error = difference(values[row], values["Hope"])
-    return f"{form(worse)} ± {form(error).lstrip('+')}", verdict(worse, error, paper)
+    told = f"{form(worse)} ± {form(error).lstrip('+')}"
+    return told, verdict(worse, error, paper, len(values[row]))
 
 
 def difference(row: list[float], whole: list[float]) -> tuple[float, float]:
@@ -240,10 +243,13 @@ def difference(row: list[float], whole: list[float]) -> tuple[float, float]:
     return statistics.fmean(apart), error
 
 
-def verdict(worse: float, error: float, paper: float) -> str:
-    """Whether a difference has the paper's sign, beyond two standard errors."""
+def verdict(worse: float, error: float, paper: float, seeds: int) -> str:
+    """Whether a difference has the paper's sign, where Student's t is sure at 95 % that it has one.
+
+    error: standard error of the mean of so many seeds.
+    """
     if not math.isfinite(worse):
         return "a training diverged"
-    if abs(worse) <= 2 * error:
+    if not abs(worse) > stats.t.ppf(0.975, seeds - 1) * error:
         return "within the noise"
     return "yes" if (worse > 0) == (paper > 0) else "no"

@@ -47,9 +47,12 @@ def test_every_row_of_the_ablation_takes_one_thing_away(size):
 
 
 def test_a_sign_is_only_told_beyond_the_noise():
-    assert ablation.verdict(0.1, 0.01, 1.2) == "yes"
-    assert ablation.verdict(-0.1, 0.01, 1.2) == "no"
-    assert ablation.verdict(-0.1, 0.01, -0.05) == "yes"
-    assert ablation.verdict(0.01, 0.01, 1.2) == "within the noise"
-    assert ablation.verdict(float("nan"), 0.01, 1.2) == "a training diverged"
+    assert ablation.verdict(0.1, 0.01, 1.2, 4) == "yes"
+    assert ablation.verdict(-0.1, 0.01, 1.2, 4) == "no"
+    assert ablation.verdict(-0.1, 0.01, -0.05, 4) == "yes"
+    assert ablation.verdict(0.01, 0.01, 1.2, 4) == "within the noise"
+    assert ablation.verdict(0.03, 0.01, 1.2, 4) == "within the noise"  # t: 3.18 for four seeds
+    assert ablation.verdict(0.03, 0.01, 1.2, 8) == "yes"
+    assert ablation.verdict(0.03, 0.01, 1.2, 1) == "within the noise"
+    assert ablation.verdict(float("nan"), 0.01, 1.2, 4) == "a training diverged"
     assert ablation.difference([2.0, 3.0, 4.0], [1.0, 2.0, 3.0]) == (1, 0)
