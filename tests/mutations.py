@@ -1168,9 +1168,30 @@ MUTATIONS = (
     Mutation(
         "that held-out functions are in no class trained on",
         f"{EXPERIMENTS}/function_tasks.py",
-        "drawing([name], True, names)",
-        "drawing([name], None)",
+        'None if name == "xor" else True, names)',
+        "None)",
         OF_REASONING,
+    ),
+    Mutation(
+        "that all xors are examined",
+        f"{EXPERIMENTS}/function_tasks.py",
+        'None if name == "xor" else True',
+        "True",
+        OF_REASONING,
+    ),
+    Mutation(
+        "Student's t in the ablation's verdicts",
+        f"{EXPERIMENTS}/ablation.py",
+        "stats.t.ppf(0.975, seeds - 1)",
+        "2",
+        "experiments/test_ablation.py",
+    ),
+    Mutation(
+        "that a run tells which cells it leaves out",
+        f"{EXPERIMENTS}/sequence_experiment.py",
+        "before.keys() - records(results).keys()",
+        "set()",
+        OF_TABLES,
     ),
     Mutation(
         "the mean of trainings that tie",

@@ -6,8 +6,12 @@ command    nlx run ablation [--only TASK ...] [--models ROW ...]
            width 512 and windows of 2,048 bytes, for a GPU
 shows      Hope without one of its parts, at equal parameters: bits per byte on held-out text (the
            Python standard library's source, or --data), and the rows of parity that are right
-takes      not run yet; a model that is stopped begins anew, finished ones are kept
-expects    meant, and not shown yet: the paper's sign in every row, or why not
+takes      an hour and a quarter of one core (250 to 400 s a row of text, 160 to 250 s of parity); a
+           model that is stopped begins anew, finished ones are kept
+expects    on text every part but one has the paper's sign in the mean, but only DGD beyond the noise
+           (0.08 bits a byte); the query's memory helps by 0.025 ± 0.010 bits, where the paper's
+           costs 0.05 of 12.24 in perplexity. Parity in rows of trained lengths falls from 99.9 to
+           55 % without DGD and stays without anything else
 
 "Hope" here makes its queries by a memory, as the first row of the paper's table does; "w/o
 inner-projection q" is what the presets are. A removed projection is the slow map that stands before
@@ -22,6 +26,8 @@ import pathlib
 import statistics
 from collections.abc import Callable, Mapping
 from typing import Any
+
+from scipy import stats
 
 from nlx import nn
 from nlx_experiments import data, formal_languages, sequence_table
@@ -104,7 +110,7 @@ def main(options: Ablation) -> dict[str, Any]:
         alone = {"Hope": rows["parity"].models["Hope"]}
         rows["parity"] = rows["parity"]._replace(models=alone)
     name = "ablation-gpu" if isinstance(options, Gpu) else "ablation"
-    return experiment.run(options, name, rows, shown)
+    return experiment.run(options, name, rows, shown, measure="tokens")
 
 
 def variants(vocabulary: int, size: Mapping[str, Any] = FULL) -> dict[str, nn.ModelConfig]:
@@ -202,8 +208,18 @@ def shown(results: Mapping[str, Any]) -> str:
     columns = ("", "bits per byte", "worse by", "same sign?", "paper: perplexity")
     columns += (f"parity, rows of {' / '.join(bins)}", "fewer long rows by", "same sign?")
     table = experiment.report.Table("", (*columns, "paper: accuracy"), lines).markdown()
-    parts = [table, *sequence_table.control(results), "The whole grid:"]
-    return "\n\n".join([*parts, sequence_table.grid(results).markdown()])
+    trained = [f"{name} {trainings(entry)}" for name, entry in results.items()]
+    said = f"± is one standard error of paired seeds. All rows alike: {'; '.join(trained)}."
+    return "\n\n".join([table, said, *sequence_table.control(results)])
+
+
+def trainings(entry: Mapping[str, Any]) -> str:
+    """How the rows of a task were trained: the steps taken, the rates, how many seeds."""
+    records = [record for variants in entry["models"].values() for record in variants.values()]
+    steps = " to ".join(str(n) for n in sorted({record["steps"] for record in records}))
+    rates = ", ".join(dict.fromkeys(rate for record in records for rate in record["rates"]))
+    seeds = len(records[0]["rates"][records[0]["rate"]]["validations"])
+    return f"{steps} steps, rate {rates}, {seeds} seeds"
 
 
 def compared(
@@ -216,7 +232,8 @@ def compared(
     if row == "Hope" or row not in values or "Hope" not in values:
         return "", ""
     worse, error = difference(values[row], values["Hope"])
-    return f"{form(worse)} ± {form(error).lstrip('+')}", verdict(worse, error, paper)
+    told = f"{form(worse)} ± {form(error).lstrip('+')}"
+    return told, verdict(worse, error, paper, len(values[row]))
 
 
 def difference(row: list[float], whole: list[float]) -> tuple[float, float]:
@@ -226,10 +243,13 @@ def difference(row: list[float], whole: list[float]) -> tuple[float, float]:
     return statistics.fmean(apart), error
 
 
-def verdict(worse: float, error: float, paper: float) -> str:
-    """Whether a difference has the paper's sign, beyond two standard errors."""
+def verdict(worse: float, error: float, paper: float, seeds: int) -> str:
+    """Whether a difference has the paper's sign, where Student's t is sure at 95 % that it has one.
+
+    error: standard error of the mean of so many seeds.
+    """
     if not math.isfinite(worse):
         return "a training diverged"
-    if abs(worse) <= 2 * error:
+    if not abs(worse) > stats.t.ppf(0.975, seeds - 1) * error:
         return "within the noise"
     return "yes" if (worse > 0) == (paper > 0) else "no"

@@ -125,7 +125,7 @@ def functions(names: Sequence[str], bits: int = 5, held_out: Sequence[str] = ())
 
     Rows have one length, at most two symbols for every input. Training leaves out a fifth of all
     functions, and those alone are examined; of the classes held out those alone that are in no
-    class trained on either.
+    class trained on either. Of xor, where it is held out, all are examined: they are few.
 
     names: of `CLASSES`, those trained on. bits: of an input, 4 to 10. held_out: further classes to
     examine.
@@ -159,7 +159,7 @@ def functions(names: Sequence[str], bits: int = 5, held_out: Sequence[str] = ())
         graded="tokens",
         curve=True,
         examined={name: drawing([name], True) for name in names}
-        | {name: drawing([name], True, names) for name in held_out},
+        | {name: drawing([name], None if name == "xor" else True, names) for name in held_out},
     )
 
 
@@ -194,7 +194,13 @@ def nearest(batch: Batch, bits: int) -> Float[np.ndarray, " n"]:
 
 
 def bayes(
-    batch: Batch, names: Sequence[str], bits: int, *, samples: int = 10_000, seed: int = 0
+    batch: Batch,
+    names: Sequence[str],
+    bits: int,
+    *,
+    outside: Sequence[str] = (),
+    samples: int = 10_000,
+    seed: int = 0,
 ) -> Float[np.ndarray, " n"]:
     """Share right after 0, 1, ... examples by the vote of functions that were drawn from classes.
 
@@ -202,10 +208,12 @@ def bayes(
     parts: the posterior under that prior, as far as so many functions show it, and what agrees best
     where none agrees.
 
-    names: of `CLASSES`. samples: functions in all. seed: of their drawing.
+    names: of `CLASSES`. outside: classes of which none is a member. samples: functions in all.
+    seed: of their drawing.
     """
     generator = np.random.default_rng(seed)
-    prior = [tables(generator, name, samples // len(names), bits) for name in names]
+    count = samples // len(names)
+    prior = [tables(generator, name, count, bits, outside=outside) for name in names]
     votes = np.where(np.concatenate(prior), 1, -1).astype(np.float32)  # [f, x]
     x, y = _pairs(batch)
     right = np.zeros(x.shape)

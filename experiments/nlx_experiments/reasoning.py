@@ -6,9 +6,9 @@ command    nlx run reasoning [--only TASK ...] [--models MODEL ...]
            width 128 and 20 times the steps, for a GPU
 shows      the share of answers that are right: of questions on two and three facts
            (`facts_tasks.py`), in stories as long as those trained on and longer; of functions in
-           context (`function_tasks.py`), new ones of the classes trained on and of classes held
-           out, after more and more examples; and whether further levels that learn in the context
-           help there
+           context (`function_tasks.py`), those trained on, others of their classes and of classes
+           held out, after more and more examples; and whether further levels that learn in the
+           context help there
 takes      about two hours on two quiet cores, most of it Hope with 2 to 4 levels (a quarter of an
            hour each, by extrapolation; half with `--inner-rates 1.0`); DeltaNet with 1 level half a
            minute, with more four minutes (measured, beside other work); a model that
@@ -220,7 +220,8 @@ def functions(
     models = {**nested, **rivals(base, parameters)}
 
     def bayes(*names: str) -> Line:
-        return lambda batch: function_tasks.bayes(batch, names, bits)
+        outside = TRAINED if set(names) <= set(HELD_OUT) else ()
+        return lambda batch: function_tasks.bayes(batch, names, bits, outside=outside)
 
     bins = plan.bins
     lines: dict[str, dict[str, Line]] = {
@@ -274,8 +275,9 @@ def shown(results: Mapping[str, Any], picture: str = "results/reasoning-curves.p
     for task in (task for task in results.values() if _curved(task)):
         seen = [b for b in task["plan"]["bins"] if b in HELD_OUT]
         parts += [
-            "Functions in context, of all classes trained on (`fresh`) and of each class; held out "
-            f"from training: {', '.join(seen)}. Mean over all examples of a row:",
+            "Functions in context: fresh rows of those trained on (`fresh`), and functions of each "
+            f"class that training left out; held-out classes: {', '.join(seen)}. Mean over all "
+            "examples of a row:",
             _by_bin(task).markdown(),
             *verdicts(task),
             "After so many examples:",

@@ -115,6 +115,7 @@ def experiment(argv: list[str]) -> None:
         "reasoning-tiny": (reasoning.Tiny, reasoning.main),
         "recall": (recall.Recall, recall.main),
         "recall-gpu": (recall.Gpu, recall.main),
+        "recall-longer": (recall.Longer, recall.main),
         "recall-tiny": (recall.Tiny, recall.main),
         "sizes": (sizes.Sizes, sizes.main),
         "state-tracking": (state_tracking.StateTracking, state_tracking.main),

@@ -38,8 +38,8 @@ class Plan:
     """How every model is trained on a task, and examined."""
 
     bins: Mapping[str, tuple[int, int]]
-    """Name -> shortest and longest rows of an examination; the last that the task does not draw
-    otherwise decides which weights stay."""
+    """Name -> shortest and longest rows of an examination; those that the task does not draw
+    otherwise decide which weights stay, the last of them most."""
     shortest: int
     """Of the rows trained on."""
     stages: tuple[tuple[int, int], ...]

@@ -113,8 +113,14 @@ def run(
                     _cell(store, (task_name, model, variant), row, config, stop)
             if row.control is not None and not options.models:
                 _cell(store, (task_name, CONTROL, ""), controlled(row), row.control, stop)
-        known = published(options.place / "results" / f"{name}.json") | store.known
-        results = gather(known, rows if table is None else table)
+        before = published(options.place / "results" / f"{name}.json")
+        results = gather(before | store.known, rows if table is None else table)
+    left = before.keys() - records(results).keys()
+    if left:
+        say(
+            f"{len(left)} cells of results/{name}.json are left out, for their task, sizes or "
+            f"training are no longer those of this run: {'; '.join(sorted(left))}."
+        )
     write(options, name, results, shown, measure)
     return results
 
@@ -206,10 +212,15 @@ def identity(where: tuple[str, str, str], row: Row, config: nn.ModelConfig | InC
 
 def published(path: pathlib.Path) -> dict[str, Any]:
     """The cells of a results file, by what they are: tables keep them where a run has no newer."""
-    tasks = json.loads(path.read_text())["tasks"].values() if path.exists() else ()
-    records = [r for task in tasks for model in task["models"].values() for r in model.values()]
-    records += [task["control"] for task in tasks if "control" in task]
-    return {r["what"]: r for r in records if "what" in r}
+    return records(json.loads(path.read_text())["tasks"]) if path.exists() else {}
+
+
+def records(results: Mapping[str, Any]) -> dict[str, Any]:
+    """The cells of some results, controls among them, by what they are."""
+    tasks = results.values()
+    found = [r for task in tasks for model in task["models"].values() for r in model.values()]
+    found += [task["control"] for task in tasks if "control" in task]
+    return {r["what"]: r for r in found if "what" in r}
 
 
 def gather(known: Mapping[str, Any], rows: Mapping[str, Row]) -> dict[str, Any]:

@@ -103,7 +103,7 @@ def grid(results: Mapping[str, Any], measure: str = "rows") -> report.Table:
 
 
 def control(results: Mapping[str, Any]) -> list[str]:
-    """What was learned from shuffled answers, as a paragraph; nothing where no control ran."""
+    """What was learned from shuffled answers, as a paragraph."""
     told, above = [], []
     for name, task in results.items():
         if "control" not in task:
@@ -116,9 +116,9 @@ def control(results: Mapping[str, Any]) -> list[str]:
         error = {b: (chance[b] * (1 - chance[b]) / task["plan"]["tested"]) ** 0.5 for b in bins}
         if any(max(found[b]["tokens"]) > chance[b] + 3 * error[b] for b in bins):
             above.append(name)
-    if not told:
-        return []
     missing = [name for name, task in results.items() if "control" not in task]
+    if not told:
+        return [f"Control on shuffled answers: not run for {', '.join(missing)}."]
     return [
         "Control, trained on answers that belong to other rows: answers right in percent, in "
         f"brackets the most frequent answer: {'; '.join(told)}. More than three standard errors "
@@ -136,6 +136,10 @@ def plot(path: pathlib.Path, results: Mapping[str, Any], measure: str) -> None:
     for axes in panels.flat[len(results) :]:
         axes.set_visible(False)
     known: list[list[str]] = []  # bins that a legend names
+    for axes in panels[:, 0]:
+        axes.set_ylabel(
+            {"rows": "share of rows right", "tokens": "share of answers right"}[measure]
+        )
     for axes, (name, task) in zip(panels.flat, results.items(), strict=False):
         bins, models = list(task["plan"]["bins"]), list(task["models"])
         width = 0.8 / len(bins)

@@ -9,6 +9,7 @@ from nlx_experiments import ablation
 
 def test_an_ablation_without_the_whole_shows_what_there_is():
     found = {"held out": {"rows": [0.0] * 2, "loss": [1.0, 2.0]}, "validation": -1}
+    found["validations"] = [-1, -1]
     record = {"rates": {"0.005": found}, "rate": "0.005", "steps": 1}
     plan = {"bins": {"held out": (4, 4)}}
     text = ablation.shown({"text": {"plan": plan, "models": {"w/o DGD": {"": record}}}})
@@ -20,6 +21,7 @@ def test_both_tasks_are_compared_with_the_papers_columns():
 
     def record(loss, shares):
         found = {"held out": {"rows": [0.0] * 2, "loss": loss}, "validation": -1}
+        found["validations"] = [-1, -1]
         found |= {b: {"rows": shares, "tokens": shares} for b in ("short", "long")}
         return {"": {"rates": {"0.005": found}, "rate": "0.005", "steps": 1}}
 
@@ -30,6 +32,7 @@ def test_both_tasks_are_compared_with_the_papers_columns():
     }
     text = ablation.shown(results)
     assert "+0.289 ± 0.000 | yes | 13.41 (+1.17) |" in text
+    assert "All rows alike: text 1 steps, rate 0.005, 2 seeds; parity 1 steps," in text
     assert "55 (50 to 60) / 55 (50 to 60) | +40.0 ± 0.0 | yes | 56.5 (-1.6) |" in text
 
 
@@ -44,9 +47,12 @@ def test_every_row_of_the_ablation_takes_one_thing_away(size):
 
 
 def test_a_sign_is_only_told_beyond_the_noise():
-    assert ablation.verdict(0.1, 0.01, 1.2) == "yes"
-    assert ablation.verdict(-0.1, 0.01, 1.2) == "no"
-    assert ablation.verdict(-0.1, 0.01, -0.05) == "yes"
-    assert ablation.verdict(0.01, 0.01, 1.2) == "within the noise"
-    assert ablation.verdict(float("nan"), 0.01, 1.2) == "a training diverged"
+    assert ablation.verdict(0.1, 0.01, 1.2, 4) == "yes"
+    assert ablation.verdict(-0.1, 0.01, 1.2, 4) == "no"
+    assert ablation.verdict(-0.1, 0.01, -0.05, 4) == "yes"
+    assert ablation.verdict(0.01, 0.01, 1.2, 4) == "within the noise"
+    assert ablation.verdict(0.03, 0.01, 1.2, 4) == "within the noise"  # t: 3.18 for four seeds
+    assert ablation.verdict(0.03, 0.01, 1.2, 8) == "yes"
+    assert ablation.verdict(0.03, 0.01, 1.2, 1) == "within the noise"
+    assert ablation.verdict(float("nan"), 0.01, 1.2, 4) == "a training diverged"
     assert ablation.difference([2.0, 3.0, 4.0], [1.0, 2.0, 3.0]) == (1, 0)

@@ -159,7 +159,7 @@ def test_runs_from_end_to_end_and_goes_on(tmp_path, capsys, models):
         assert (tmp_path / "results" / name).read_bytes().startswith(b"\x89PNG")
     text = (tmp_path / "results" / "reasoning.md").read_text()
     words = ["| transformer, 1 level |", "*Bayes, the class itself*", "*most frequent answer*"]
-    words += ["*where somebody went last*", "held out from training: xor", "| task | model |"]
+    words += ["*where somebody went last*", "held-out classes: xor", "| task | model |"]
     if models == ALL:
         words += ["* transformer, 3 levels against transformer, 1 level: fresh "]
     assert all(word in text for word in words)

@@ -186,6 +186,14 @@ def test_examined_functions_of_held_out_classes_are_in_no_class_trained_on():
     assert np.mean(members) < 0.1
 
 
+def test_all_xors_of_two_and_three_bits_are_examined():
+    task = functions(("linear", "conjunction", "decision list"), 4, ("xor",))
+    examined = {tuple(table) for table in values_of(task.examined["xor"], 300)}
+    s = function_tasks.inputs(4)
+    xors = [s[:, list(c)].prod(1) for n in (2, 3) for c in itertools.combinations(range(4), n)]
+    assert examined == {tuple(sign * x > 0) for x in xors for sign in (1, -1)}
+
+
 def test_rivals_are_what_they_say():
     """Nearest examples by a loop; Bayes knows all of xor after its few functions are told apart."""
     batch = functions(("xor",), 4).draw(np.random.default_rng(2), 40, 32, 32)

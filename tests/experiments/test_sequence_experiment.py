@@ -88,7 +88,7 @@ def table(results):
     return sequence_table.table(results, cell).markdown()
 
 
-def test_an_experiment_runs_what_is_missing_and_shows_the_best_variant(rows, tmp_path):
+def test_an_experiment_runs_what_is_missing_and_shows_the_best_variant(rows, tmp_path, capsys):
     made, measured = rows
     options = Options(runs=tmp_path / "runs", place=tmp_path / "out", models=("one",))
     sequence_experiment.run(options, "trial", made, table)
@@ -116,6 +116,10 @@ def test_an_experiment_runs_what_is_missing_and_shows_the_best_variant(rows, tmp
     kept = sequence_experiment.run(elsewhere, "trial", made, table)
     assert measured[3:] == ["plus one, one"]
     assert kept["plus one"]["models"]["two"] == results["plus one"]["models"]["two"]
+    assert "left out" not in capsys.readouterr().out
+    other = {"plus one": made["plus one"]._replace(plan=dataclasses.replace(PLAN, steps=300))}
+    sequence_experiment.run(elsewhere, "trial", other, table)
+    assert "3 cells of results/trial.json are left out, for" in capsys.readouterr().out
 
 
 def test_the_control_is_trained_on_answers_of_other_rows(record, tmp_path, monkeypatch):
@@ -146,7 +150,8 @@ def test_the_control_is_trained_on_answers_of_other_rows(record, tmp_path, monke
     plan = dataclasses.asdict(PLAN)
     (text,) = sequence_table.control({"a": {"plan": plan, "control": told}, "b": {}})
     assert text.endswith("above it: none. Not run for b.")
-    assert sequence_table.control({"plus one": {"plan": {"bins": {}}}}) == []
+    (text,) = sequence_table.control({"plus one": {"plan": {"bins": {}}}})
+    assert text == "Control on shuffled answers: not run for plus one."
     options = Options(runs=tmp_path / "other", place=tmp_path / "elsewhere", models=("one",))
     results = sequence_experiment.run(options, "trial", {"plus one": row}, table)
     assert len(seen) == 3
@@ -182,7 +187,8 @@ def test_the_tiny_experiment_runs(name, tmp_path, monkeypatch):
     assert run.main(["run", f"{name}-tiny"]) == 0
     folder = tmp_path / f"runs/{name}-tiny/results"
     assert json.loads((folder / f"{name}.json").read_text())["tasks"]
-    assert "The whole grid:" in (folder / f"{name}.md").read_text()
+    ending = "All rows alike:" if name == "ablation" else "The whole grid:"
+    assert ending in (folder / f"{name}.md").read_text()
     assert (folder / f"{name}.png").stat().st_size > 5_000
 
 

@@ -26,8 +26,7 @@ def test_the_default_is_a_part_of_the_whole():
     part = state_tracking.few(rows)
     assert list(part) == [*formal_languages.LANGUAGES, "S5 by swaps"]
     for name, row in part.items():
-        assert list(row.models) == ["hope", "deltanet", "transformer", "retnet"]
-        assert len(row.models["hope"]) == 2
+        assert {m: len(v) for m, v in row.models.items()} == dict(hope=2, deltanet=2, transformer=2)
         for model, variants in row.models.items():
             assert variants.items() <= rows[name].models[model].items()
         assert row.plan == rows[name].plan
