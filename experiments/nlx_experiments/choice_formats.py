@@ -32,6 +32,7 @@ TensorFlow Datasets and of lm-evaluation-harness 0.4.13.
 """
 
 import csv
+import io
 import json
 import pathlib
 import re
@@ -121,8 +122,7 @@ def _winogrande(record: Record) -> Item:
 def _arc(record: Record) -> Item:
     question, choices = record["question"], record.get("choices") or {}
     if isinstance(question, str) and not choices:  # the CSV
-        stem, *rest = re.split(r"\s*\(([A-E1-5])\)\s*", question)
-        labels, texts = rest[::2], [text.strip() for text in rest[1::2]]
+        stem, labels, texts = _in_one_column(question)
         answer = record["AnswerKey"]
     elif isinstance(question, str):  # the hub's form
         stem, labels, texts = question, choices["label"], choices["text"]
@@ -131,6 +131,24 @@ def _arc(record: Record) -> Item:
         stem, answer = question["stem"], record["answerKey"]
         labels, texts = ([c[field] for c in question["choices"]] for field in ("label", "text"))
     return item(f"Question: {stem}\nAnswer:", texts, labels.index(answer))
+
+
+def _in_one_column(question: str) -> tuple[str, list[str], list[str]]:
+    """Stem, labels and texts of "stem (A) text (B) text ...", or with (1), (2), ...
+
+    The last (A) that a (B) follows begins the choices: a stem may hold such letters itself.
+    """
+    for first, *others in ("ABCDE", "12345"):
+        stem, _, rest = question.rpartition(f"({first})")
+        labels, texts = [first], []
+        for label in others:
+            text, found, after = rest.partition(f"({label})")
+            if not found:
+                break
+            labels, texts, rest = [*labels, label], [*texts, text.strip()], after
+        if texts:
+            return stem.strip(), labels, [*texts, rest.strip()]
+    raise ValueError("its question holds no (A) and (B), nor (1) and (2)")
 
 
 def _social_iqa(record: Record) -> Item:
@@ -185,7 +203,7 @@ def _lines(name: str, path: pathlib.Path) -> Iterator[tuple[int, Record]]:
     except (OSError, UnicodeDecodeError) as error:
         raise Refused(f"`choices` names {path}, which cannot be read as text.") from error
     if path.suffix == ".csv":
-        yield from enumerate(csv.DictReader(content.splitlines(keepends=True)), 2)
+        yield from enumerate(csv.DictReader(io.StringIO(content)), 2)
         return
     for number, line in enumerate(content.split("\n"), 1):
         if not line.strip():

@@ -76,7 +76,7 @@ def load(paths: Sequence[pathlib.Path] = (), without: pathlib.Path | None = None
 
     Args:
       paths: files or folders; in a folder every UTF-8 file without zero bytes counts, but hidden
-        ones and those of runs.
+        ones and those of runs and experiments.
       without: a folder to leave out: of the run to come.
 
     Raises:
@@ -144,7 +144,8 @@ def _walk(
     without: pathlib.Path | None = None,
 ) -> Iterator[pathlib.Path]:
     def wanted(path: pathlib.Path) -> bool:
-        of_run = (path / "config.json").exists() and (path / "corpus.json").exists()
+        there = lambda *names: all((path / name).exists() for name in names)
+        of_run = there("config.json", "corpus.json") or there(".lock", "environment.json")
         of_this = without is not None and path.resolve() == without.resolve()
         return not (of_run or of_this or path.name in skipped or path.name.startswith("."))
 

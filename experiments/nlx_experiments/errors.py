@@ -10,6 +10,10 @@ class Refused(Exception):
     """Bad input, in one sentence that names it, says what it was and what it must be."""
 
 
+class Diverged(Refused):
+    """A training whose numbers are none any more; the same one again would end there too."""
+
+
 class Stopped(Exception):
     """A signal asked the run to stop, and everything is saved; says where."""
 

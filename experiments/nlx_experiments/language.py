@@ -3,10 +3,11 @@
 
 command    nlx run language [--data PATH ...] [--models MODEL ...] [--choices NAME=FILE ...]
            nlx run language-tiny: two small models, in seconds; language-gpu: presets `small` on
-           5 MB of text, for a GPU
-shows      bits per byte and word perplexity of held-out text after 1 MB of text, each window of it
-           seen once, eight models of equal parameters (`tiny`), three seeds; with --choices also
-           accuracies, as lm-evaluation-harness defines them
+           8 MB of text, for a GPU
+           nlx run language-340m: three presets `340m`, one seed, for a GPU
+shows      bits per byte and word perplexity of held-out text after 1 MB of text, eight models of
+           equal parameters (`tiny`), three seeds; with --choices also accuracies, as
+           lm-evaluation-harness defines them. Where the text is shorter it is seen once
 takes      not run yet; meant for about 90 minutes on two idle cores, reckoned from single steps
            (0.05 s of processor time for Transformer++, 0.24 s for Hope, 56 trainings of 720 steps).
            A training that is stopped goes on from its last checkpoint, finished ones are kept
@@ -34,6 +35,7 @@ import hashlib
 import math
 import pathlib
 import statistics
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
@@ -46,7 +48,7 @@ from nlx_experiments import multiple_choice as multiple
 from nlx_experiments.cells import Store
 from nlx_experiments.config import TrainConfig
 from nlx_experiments.console import say
-from nlx_experiments.errors import Refused, as_sentence
+from nlx_experiments.errors import Diverged, Refused, as_sentence
 from nlx_experiments.multiple_choice import Item
 from nlx_experiments.sequence_experiment import PLACE, compiled_hastily
 
@@ -79,7 +81,8 @@ class Size(NamedTuple):
 
 
 FULL = Size("tiny", 1_000_000, 1024, 4, 128, (1.25e-3, 2.5e-3, 5e-3, 1e-2))
-OF_GPU = Size("small", 5_000_000, 4096, 16, 512, (5e-4, 1e-3, 2e-3, 4e-3), 400_000)
+OF_GPU = Size("small", 8_000_000, 4096, 8, 512, (5e-4, 1e-3, 2e-3, 4e-3), 400_000)
+OF_340M = Size("340m", 8_000_000, 4096, 8, 512, (1.5e-3,), 400_000, (0,))
 TINY = Size(
     "tiny", 2_000, 300, 2, 16, (1e-2,), 500, (0, 1), dict(width=16, layers=1, heads=2, hidden=16)
 )
@@ -92,7 +95,8 @@ class Language:
     runs: pathlib.Path = pathlib.Path("runs/language")
     """Where trainings and finished cells are kept."""
     data: tuple[pathlib.Path, ...] = ()
-    """Files or folders of text; the Python standard library's own source by default."""
+    """Files or folders of text, or token files (.npy) of a tokenizer.json; the Python standard
+    library's own source by default."""
     models: tuple[str, ...] = MODELS
     """Architectures."""
     tokenizer: str = "bpe"
@@ -109,11 +113,22 @@ class Language:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Gpu(Language):
-    """Presets `small` on 5 MB of text: for a GPU."""
+    """Presets `small` on 8 MB of text: for a GPU."""
 
     runs: pathlib.Path = pathlib.Path("runs/language-gpu")
     size = OF_GPU
     name = "language-gpu"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Gpu340m(Language):
+    """Presets `340m` on 8 MB of text, one seed, meant for ten minutes each on a GPU, at the rate
+    of Behrouz et al. (2025), It's all connected, Table 5."""
+
+    runs: pathlib.Path = pathlib.Path("runs/language-340m")
+    models: tuple[str, ...] = ("transformer++", "titans-lmm", "hope")
+    size = OF_340M
+    name = "language-340m"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -168,23 +183,22 @@ class Plan(NamedTuple):
 
 
 def planned(options: Language, folder: runs.Run) -> Plan:
-    """Reads the text, trains the tokenizer unless it is there, and counts the steps."""
+    """Reads the text, trains the tokenizer unless it is there, and counts the steps: at most
+    those that see the text once, two at least."""
     size, name = options.size, options.tokenizer
-    corpus = data.load(options.data, without=options.runs)
+    if name != "bpe" and options.vocabulary is not None:
+        raise Refused(f"`vocabulary` is {options.vocabulary}; it must be left out with {name}.")
     vocabulary = (options.vocabulary or size.vocabulary) if name == "bpe" else None
-    folder.agree("text", {"text": corpus.sha256, "tokenizer": name, "vocabulary": vocabulary})
-    if vocabulary is not None:
-        path = folder.folder / tokenization.FILE
-        if not path.exists():
-            made = tokenization.train(tokenization.texts(corpus.train), vocabulary)
-            runs.write_whole(path, made.json or "")
-        name = str(path)
-    if name == "bytes":
-        tokens = tokenization.Tokens(tokenization.BYTES, corpus.train, corpus.heldout)
-    else:
-        tokens = tokenization.of_corpus(corpus, tokenization.read(pathlib.Path(name)))
+    path, limit = folder.folder / tokenization.FILE, vocabulary or sys.maxsize
+    corpus, tokens = tokenization.load(name, limit, options.data, folder.folder)
     made, per_token = tokens.tokenizer, corpus.train.size / tokens.train.size
-    steps = max(2, round(size.text / per_token / (size.batch * size.length)))
+    of_tokens = {"tokenizer": name, "vocabulary": vocabulary, "pieces": made.sha256}
+    folder.agree("text", {"text": corpus.sha256, **of_tokens})
+    if made.json is not None:
+        runs.write_whole(path, made.json)
+        name = str(path)
+    once = len(data.Windows(tokens.train, size.length)) // size.batch
+    steps = max(2, min(once, round(size.text / per_token / (size.batch * size.length))))
     return Plan(name, made.size, made.sha256, steps, corpus.sha256)
 
 
@@ -236,11 +250,18 @@ def of_model(
 
 
 def trained(chosen: TrainConfig, plan: Plan, store: Store) -> dict[str, Any]:
-    """The result of a training, which runs, or goes on, if it isn't known."""
+    """The result of a training, which runs, or goes on, if it isn't known; a pilot that diverges
+    has no "late_bits_per_byte"."""
     fields = dataclasses.replace(chosen, run=None, data=(), tokenizer="")
     what = f"{chosen.folder.name}; {_digest(f'{fields} {plan[1:]}')}"
     if what not in store.known:
-        result = loop.train(chosen)
+        try:
+            result = loop.train(chosen)
+        except Diverged as error:
+            if chosen.seed != PILOT:
+                raise
+            store.add({"what": what, "late_bits_per_byte": None, "diverged": str(error)})
+            return dict(store.known[what])
         records = runs.read_lines(chosen.folder / "metrics.jsonl")
         late = [r["bits_per_byte"] for r in records[-math.ceil(LATE * len(records)) :]]
         mean = statistics.fmean(late) if None not in late else None

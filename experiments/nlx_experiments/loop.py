@@ -23,7 +23,7 @@ from nlx_experiments.checkpoints import Checkpoints
 from nlx_experiments.config import TrainConfig
 from nlx_experiments.console import StopRequest, display, say
 from nlx_experiments.data import Corpus
-from nlx_experiments.errors import Refused, Stopped
+from nlx_experiments.errors import Diverged, Refused, Stopped
 from nlx_experiments.learner import Learner
 from nlx_experiments.runs import Run
 from nlx_experiments.tokenization import Tokenizer, Tokens
@@ -37,6 +37,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
 
     Raises:
       Refused: bad input, before anything is compiled; or a checkpoint that could not be written.
+      Diverged: gradients or scores are no numbers any more.
       Stopped: SIGINT or SIGTERM came; everything is saved.
     """
     corpus, tokens = tokenization.load(
@@ -71,7 +72,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
             lambda tokens: functions.bits(state.params, tokens), tokens, positions, config.batch
         )
         if not np.all(np.isfinite(bits)):
-            raise Refused(
+            raise Diverged(
                 f"the model of step {state.step} in {run.folder} scores held-out bytes with what "
                 "is no number. A lower `learning_rate` may help, in another folder."
             )
@@ -194,7 +195,7 @@ class Log:
         """Writes what waits; returns its mean bits per byte, tokens/s and largest update norms.
 
         Raises:
-          Refused: too many steps in a row had no finite gradient.
+          Diverged: too many steps in a row had no finite gradient.
         """
         records = [self._record(*pair) for pair in jax.device_get(self.waiting)]
         runs.append(self.metrics, records)
@@ -210,7 +211,7 @@ class Log:
         loss, skipped = float(measured["loss"]), int(measured["skipped"])
         self.skipped = self.skipped + 1 if skipped else 0
         if self.skipped == SKIPS:
-            raise Refused(
+            raise Diverged(
                 f"the gradients of the last {SKIPS} steps, up to {step}, were not finite and "
                 "changed nothing. A lower `learning_rate` may help, in another folder."
             )

@@ -15,6 +15,8 @@ word (LAMBADA): right if greedy decoding gives it, token by token, and the words
 
     exp(-mean over items of L).
 
+A choice whose L is no number is never taken, and an item with no other is wrong.
+
 Context and choice are encoded together, and the choice's tokens are those after as many as the
 context alone has; white space at a context's end belongs to the choice, as in the harness. Every
 text begins with the separator, as the files of the training text do.
@@ -104,11 +106,12 @@ def score(
         return Scores(len(items), float(np.mean(greedy)), None, None, perplexity)
     right = np.zeros(3)
     for one in items:
-        sums = np.array([next(found)[0] for _ in one.choices])
+        sums = np.nan_to_num([next(found)[0] for _ in one.choices], nan=-math.inf)
         lengths = [len(choice) for choice in one.choices]
         in_bytes = [len(choice.encode(errors="surrogateescape")) for choice in one.choices]
         by = (np.ones(len(sums)), np.maximum(lengths, 1), np.maximum(in_bytes, 1))
-        right += [np.argmax(sums / lengths) == one.answer for lengths in by]
+        if sums.max() > -math.inf:
+            right += [np.argmax(sums / lengths) == one.answer for lengths in by]
     acc, acc_norm, acc_bytes = (right / len(items)).tolist()
     return Scores(len(items), acc, acc_norm, acc_bytes, None)
 

@@ -103,6 +103,7 @@ def experiment(argv: list[str]) -> None:
         "forecasting-tiny": (forecasting.Tiny, forecasting.main),
         "language": (language.Language, language.main),
         "language-gpu": (language.Gpu, language.main),
+        "language-340m": (language.Gpu340m, language.main),
         "language-tiny": (language.Tiny, language.main),
         "laws": (laws.Laws, laws.main),
         "needle": (needle.Needle, needle.main),

@@ -31,6 +31,7 @@ from nlx_experiments.errors import Refused
 
 FILE = "tokenizer.json"
 Stream = Integer[np.ndarray, " n"]
+PROBE = "a  b\n\tit's \u65e5\u672c\u00e9, 12 \n "
 
 
 class Tokenizer(NamedTuple):
@@ -159,7 +160,10 @@ def parse(content: str, what: str) -> Tokenizer:
                 numbers += made.encode(part, add_special_tokens=False).ids
         return np.array(numbers, kind(len(pieces)))
 
-    return Tokenizer(tuple(pieces), separator, encode, content)
+    known = Tokenizer(tuple(pieces), separator, encode, content)
+    if (back := known.decode(encode(PROBE)).decode(errors="replace")) != PROBE:
+        raise Refused(f"{what}, which makes {back!r} of {PROBE!r}; it must keep every byte.")
+    return known
 
 
 def kind(size: int) -> type[np.integer[Any]]:

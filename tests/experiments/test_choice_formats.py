@@ -198,9 +198,16 @@ def test_forms_of_the_hub_are_the_same_items(tmp_path):
         table = csv.writer(stream)
         table.writerow(["questionID", "AnswerKey", "question", "subject"])
         table.writerow(["1", "C", "Why? (A) on (B) sky (C) area (D) audio", ""])
-    assert choice_formats.read("arc_easy", tmp_path / "arc.csv") == read(
-        "arc_easy", arc("Why?", FOUR, "C")
-    )
+        table.writerow(["2", "2", "Is (A) or carbon (C) old? (1) on (2) sky\u2028blue", ""])
+        table.writerow(["3", "B", "Is (A) carbon (C) old? (A) on (B) sky", ""])
+    first, second, third = choice_formats.read("arc_easy", tmp_path / "arc.csv")
+    assert [first] == read("arc_easy", arc("Why?", FOUR, "C"))
+    texts = ["on", "sky\u2028blue"]
+    assert [second] == read("arc_easy", arc("Is (A) or carbon (C) old?", texts, "2", "12"))
+    assert [third] == read("arc_easy", arc("Is (A) carbon (C) old?", FOUR[:2], "B", "AB"))
+    (tmp_path / "arc.csv").write_text("AnswerKey,question\nA,Why? (A) on\n")
+    with pytest.raises(Refused, match="line 2 of .* holds no .A. and .B., nor .1. and .2."):
+        choice_formats.read("arc_easy", tmp_path / "arc.csv")
 
 
 BAD = [

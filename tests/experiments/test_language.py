@@ -2,12 +2,25 @@
 """The experiment on language: its protocol, its table, and the tiny run from end to end."""
 
 import argparse
+import dataclasses
 import json
 import pathlib
 
+import numpy as np
 import pytest
-from nlx_experiments import language, language_table, loop, multiple_choice, run, runs
-from nlx_experiments.errors import Refused
+from nlx_experiments import (
+    data,
+    language,
+    language_table,
+    loop,
+    multiple_choice,
+    run,
+    runs,
+    tokenization,
+)
+from nlx_experiments.errors import Diverged, Refused
+
+from nlx import nn
 
 RATES = {1.25e-3: 2.0, 2.5e-3: 1.2, 5e-3: 1.5, 1e-2: None}
 
@@ -38,10 +51,11 @@ def trainings(monkeypatch):
 
 
 def options(tmp_path, **fields):
-    return language.Language(
+    of_all = dict(
         runs=tmp_path / "runs", place=tmp_path, data=(pathlib.Path(argparse.__file__),),
-        models=("hope", "titans-lmm"), vocabulary=300, **fields,
+        models=("hope", "titans-lmm"), vocabulary=300,
     )  # fmt: skip
+    return language.Language(**of_all | fields)
 
 
 def test_a_pilot_of_its_own_seed_chooses_the_rate(trainings, tmp_path):
@@ -59,21 +73,88 @@ def test_a_pilot_of_its_own_seed_chooses_the_rate(trainings, tmp_path):
     assert language.main(options(tmp_path)) == found  # nothing is trained twice
     assert len(trainings) == done
     with pytest.raises(Refused, match="`vocabulary` is 310, but .* was begun with 300"):
-        language.main(language.dataclasses.replace(options(tmp_path), vocabulary=310))
+        language.main(dataclasses.replace(options(tmp_path), vocabulary=310))
+
+
+def test_a_pilot_that_diverges_is_no_number_and_a_seed_says_so(trainings, tmp_path, monkeypatch):
+    train = loop.train
+
+    def fails(chosen):
+        result = train(chosen)
+        if chosen.learning_rate == diverging:
+            raise Diverged("no number any more")
+        return result
+
+    monkeypatch.setattr(loop, "train", fails)
+    diverging = 5e-3
+    found = language.main(options(tmp_path, models=("hope",)))
+    assert found["hope"]["pilot"] == {"0.00125": 2.0, "0.0025": 1.2, "0.005": None, "0.01": None}
+    done = len(trainings)
+    language.main(options(tmp_path, models=("hope",)))
+    assert len(trainings) == done
+    diverging = 2.5e-3
+    with runs.Run(tmp_path / "again") as folder:
+        plan, store = language.Plan("bytes", 256, None, 2, ""), language.Store(folder)
+        chosen = language.training(options(tmp_path / "again"), plan, "hope", diverging, 0)
+        with pytest.raises(Diverged, match="no number any more"):
+            language.trained(chosen, plan, store)
+
+
+def planned(options):
+    with runs.Run(options.runs) as folder:
+        return language.planned(options, folder)
 
 
 def test_steps_are_those_of_the_bytes(tmp_path):
     """A megabyte, whatever the tokens: bytes one each, BPE as many as the text's mean says."""
-    with runs.Run(tmp_path / "a") as folder:
-        plan = language.planned(options(tmp_path, tokenizer="bytes"), folder)
+    source = pathlib.Path(argparse.__file__).read_text()
+    (tmp_path / "long.txt").write_text(source * (1_200_000 // len(source) + 1))
+    long = options(tmp_path, data=(tmp_path / "long.txt",))
+    plan = planned(
+        dataclasses.replace(long, runs=tmp_path / "a", tokenizer="bytes", vocabulary=None)
+    )
     assert (plan.tokenizer, plan.vocabulary, plan.pieces) == ("bytes", 256, None)
     assert plan.steps == round(1_000_000 / 512)
-    with runs.Run(tmp_path / "b") as folder:
-        plan = language.planned(options(tmp_path), folder)
-        again = language.planned(options(tmp_path), folder)
-    assert plan == again
+    plan = planned(long)
+    assert plan == planned(long)
     assert plan.vocabulary == 300
     assert 1_000_000 / 512 / 2 < plan.steps < 1_000_000 / 512 / 1.2
+    short = options(tmp_path, runs=tmp_path / "c", tokenizer="bytes", vocabulary=None)
+    plan = planned(short)  # seen once
+    assert plan.steps == (data.load(short.data).train.size - 1) // 128 // 4 < 1_000_000 / 512
+    with pytest.raises(Refused, match="`vocabulary` is 300; it must be left out with bytes"):
+        planned(options(tmp_path, tokenizer="bytes"))
+
+
+def test_token_files_are_read_and_their_tokenizer_kept(tmp_path):
+    made = tokenization.train(["the cat and the hat\n" * 9] * 3, 262)
+    (tmp_path / "made.json").write_text(made.json)
+    np.save(tmp_path / "a.npy", made.encode("the cat and the hat\n" * 200))
+    of_file = options(
+        tmp_path, tokenizer=str(tmp_path / "made.json"), data=(tmp_path / "a.npy",), vocabulary=None
+    )
+    plan = planned(of_file)
+    assert (plan.vocabulary, plan.pieces) == (262, made.sha256)
+    assert pathlib.Path(plan.tokenizer).parent == of_file.runs
+    assert pathlib.Path(plan.tokenizer).read_text() == made.json
+
+
+def test_trainings_read_the_text_of_the_plan(trainings, tmp_path):
+    """Also where the folder of the experiment lies in that of the text."""
+    for n in range(3):
+        (tmp_path / "text").mkdir(exist_ok=True)
+        (tmp_path / "text" / f"{n}.txt").write_text(pathlib.Path(argparse.__file__).read_text())
+    chosen = options(tmp_path, data=(tmp_path / "text",), runs=tmp_path / "text" / "runs")
+    language.main(chosen)
+    plan = json.loads((tmp_path / "results" / "language.json").read_text())
+    assert (chosen.runs / "cells.jsonl").exists()
+    assert data.load(chosen.data, without=chosen.runs / "hope-0.01-0").sha256 == plan["text"]
+
+
+@pytest.mark.parametrize("kind", [language.Language, language.Gpu, language.Gpu340m])
+def test_every_preset_is_there(kind):
+    assert {f"{model}-{kind.size.presets}" for model in kind().models} <= set(nn.PRESETS)
+    assert f"<!-- {kind.name} -->" in (language.PLACE / "README.md").read_text()
 
 
 def test_the_table_shows_what_was_given():

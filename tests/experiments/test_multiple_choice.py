@@ -125,6 +125,17 @@ def test_shuffled_labels_are_at_chance():
     assert abs(scores.acc_norm - 0.25) < 3 * error
 
 
+def test_no_number_is_never_right():
+    table, _ = pairwise(256)
+    table[:, ord("x")] = np.nan
+    scores = lambda *items: multiple.score(lambda tokens: table[tokens], BYTES, items)
+    assert scores(item("q", ["xx", "ab"], 1))[1:4] == (1, 1, 1)
+    assert scores(item("q", ["xx", "ab"], 0))[1:4] == (0, 0, 0)
+    assert scores(item("q", ["xx", "x"], 0), item("q", ["xx", "ab"], 1)).acc == 0.5
+    last = scores(item("q", ["xx"], 0))
+    assert (last.acc, last.perplexity) == (0, None)
+
+
 def test_what_cannot_be_scored_is_refused():
     _, model = pairwise(256)
     one = Item(("a",), ("b",), 0)

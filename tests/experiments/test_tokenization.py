@@ -296,11 +296,18 @@ def test_token_files_are_read_as_they_are(texts, bpe, tmp_path):
     (tmp_path / "t.txt").write_text("text")
     (tmp_path / "other.json").write_text(bpe.json.replace('"ByteLevel"', '"Metaspace"'))
     (tmp_path / "none.json").write_text("{}")
+    fields = json.loads(bpe.json)
+    fields["pre_tokenizer"]["add_prefix_space"] = True
+    (tmp_path / "space.json").write_text(json.dumps(fields))
     for words, sentence in (
         (dict(name="bytes"), "`data` holds .*a.npy, a token file, and `tokenizer` is bytes"),
         (dict(size=299), "`model.vocabulary` is 299, but .* has 300 tokens"),
         (dict(name="none.json"), "none.json, which is no tokenizer"),
         (dict(name="other.json"), "other.json, which is"),
+        (
+            dict(name="space.json"),
+            "space.json, which makes .* a  b.* of .*; it must keep every byte",
+        ),
         (dict(name="nowhere.json"), "nowhere.json, which cannot be read"),
     ):
         with pytest.raises(Refused, match=sentence):
