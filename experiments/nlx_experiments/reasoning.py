@@ -9,8 +9,8 @@ shows      the share of answers that are right: of questions on two and three fa
            context (`function_tasks.py`), those trained on, others of their classes and of classes
            held out, after more and more examples; and whether further levels that learn in the
            context help there
-takes      about two and a half hours on two cores, most of it Hope with 2 to 4 levels (26 minutes of
-           one core a cell with `--inner-rates 1.0`, measured beside other work; twice that with
+takes      about two and a half hours on two cores, most of it Hope with 2 to 4 levels (26 minutes
+           of one core a cell with `--inner-rates 1.0`, measured beside other work; twice that with
            both rates); DeltaNet with 1 level half a minute, with more two to three, others one to
            three; a model that is stopped begins anew, finished ones are kept
 expects    functions of the classes trained on 74 % with DeltaNet, 73 with Hope (Bayes: 79, nearest
