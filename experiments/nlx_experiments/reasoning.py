@@ -256,7 +256,7 @@ def tiny() -> dict[str, Row]:
     told = functions(plan, base, 2_000, 4, (0.1,))
     alone = config("attention", {**base, "vocabulary": 18}, 2_000, feed_forward="cms")
     nested = levels("transformer", alone, (0.1,))
-    some = {m: nested[m] for m in ("transformer, 1 level", "transformer, 3 levels")}
+    some = {m: nested[m] for m in ("transformer, 1 level", "transformer, 2 levels")}
     return {
         "2 facts": two._replace(models={"transformer": two.models["transformer"]}, control=None),
         "functions": told._replace(models=some, control=None),

@@ -9,9 +9,9 @@ shows      the share of rows that are right at every position, at the lengths tr
            and word problems: of S5 and A5, which are beyond TC0, and of arithmetic modulo 5 from
            left to right, which is not
 takes      about an hour and three quarters on two cores, by the seconds of its cells (Hope 1 to 9
-           minutes a cell, DeltaNet 1 to 5, the Transformer half a minute to 5); a model that is stopped
-           begins anew, finished ones are kept. -gpu: a cell of Hope takes two minutes of an H100,
-           most of it compiling, and six run side by side
+           minutes a cell, DeltaNet 1 to 5, the Transformer half a minute to 5); a model that is
+           stopped begins anew, finished ones are kept. -gpu: a cell of Hope takes two minutes of an
+           H100, most of it compiling, and six run side by side
 expects    Hope at 100 % of the regular languages at three of three seeds; of the counting ones up
            to the trained length, and in some trainings of each up to twice it; the Transformer at
            0 % of long rows of parity; DeltaNet at 100 % of the regular languages with rates up to 2
