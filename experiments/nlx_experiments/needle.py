@@ -109,8 +109,8 @@ class Size(NamedTuple):
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 SIX = ("S-NIAH-1", "S-NIAH-2", "S-NIAH-3", "MK-NIAH-1", "MQ-NIAH", "MV-NIAH")
 FULL = Size(
-    width=32, layers=2, parameters=40_000, lengths=(40, 128), stages=((0, 64), (700, 128)),
-    steps=1_500, rates=(1e-2,), rows=16, checked=32,
+    width=32, layers=2, parameters=40_000, lengths=(40, 128), stages=((0, 64), (1_000, 128)),
+    steps=2_000, rates=(1e-2,), rows=16, checked=32,
     grid=Grid(SIX, tuple(2**n for n in range(7, 15)), DEPTHS, 4, 256, 4_096),
 )  # fmt: skip
 OF_GPU = Size(
