@@ -161,8 +161,8 @@ def test_drills_ask_again_and_again_and_a_reader_can_answer(name, length):
         assert np.flatnonzero(scored).tolist() == graded
         assert (answers[graded] == row[1:][graded]).all()
     if length == 128:
-        assert kind.keys == 4
-        assert len(keys) > 18  # of six rows with four each
+        assert kind.keys == (3 if kind.values > 1 else 4)  # needles take half of a row at most
+        assert len(keys) > 4 * kind.keys  # of six rows
         assert batch.scored.sum() > 6 * 24
 
 
