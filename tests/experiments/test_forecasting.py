@@ -104,7 +104,8 @@ def test_a_signal_ends_a_cell_after_the_validation_it_came_in(monkeypatch):
         if len(calls) == 3:
             raise InterruptedError
 
-    config = nn.ModelConfig(mixer="attention", feed_forward="swiglu", vocabulary=2, width=8)
+    sizes = dict(vocabulary=2, width=8, heads=2, layers=1, hidden=8)
+    config = nn.ModelConfig(mixer="attention", feed_forward="swiglu", **sizes)
     with pytest.raises(InterruptedError):
         forecasting_learner.measure(config, 4, size, parts, leave=leave)
     assert len(calls) == 3
