@@ -12,11 +12,12 @@ expects    meant, and not shown yet: Hope in the mean at least level with Titans
            and Gated DeltaNet; accuracy at 1,048,576 symbols (`--longest 1048576`); memory that is
            flat to ten million (`--streamed 10000000`)
 
-The protocol is BABILong's (`scattered_tasks.py`): stories of 2 to 12 sentences, here of three
-symbols each, scattered among text, the standard library's source or --data, a question at the end.
-Models are trained on short rows, with questions in them too; weights are chosen on rows of those
-lengths. Rows are made and read piece by piece, the state carried from one to the next. Attention
-keeps every symbol, so the Transformer is examined up to 16,384 alone and reads no stream.
+The protocol is BABILong's (`scattered_tasks.py`): stories of 2 to 12 facts, here of three symbols
+each, scattered among text, the standard library's source or --data, a question at the end. All
+lengths are examined on the same stories, the long ones on fewer of them. Models are trained on
+short rows, with questions in them too; weights are chosen on rows of those lengths. Rows are made
+and read piece by piece, the state carried from one to the next. Attention keeps every symbol, so
+the Transformer is examined up to 4,096 alone and reads no stream.
 """
 
 import dataclasses
@@ -40,9 +41,9 @@ from nlx_experiments.sequence_contest import Exam, Plan
 from nlx_experiments.sequence_experiment import Options, Row
 from nlx_experiments.sequence_reading import read
 
-ATTENTION = 16_384  # symbols that attention is examined up to
+ATTENTION = 4_096  # symbols that attention is examined up to
 MARKS = tuple(10**n for n in range(3, 8))  # of the stream
-AT_ONCE = 2**19  # symbols of the rows of a length, within 8 and 64 rows
+ROWS, AT_ONCE = (8, 64), 2**19  # of a length: fewest and most rows, symbols of them all
 SEEN = 2**26  # pairs of symbols that attention compares at once
 
 
@@ -181,9 +182,9 @@ def examine(
     limit = ATTENTION if attends else max(lengths)
     measured: dict[str, Any] = {"right": {}, "rows": {}}
     for length in (n for n in lengths if n <= limit):
-        rows = min(64, max(8, AT_ONCE // length))
-        generator = np.random.default_rng((supporting, length))
-        story = scattered_tasks.stories(supporting, generator, rows, length, text)
+        rows = int(np.clip(AT_ONCE // length, *ROWS))
+        generator = np.random.default_rng(supporting)  # the same stories for all lengths
+        story = scattered_tasks.stories(supporting, generator, ROWS[1], length, text).first(rows)
         size = min(piece, length, max(1, SEEN // (rows * length)) if attends else length)
         given = scattered_tasks.pieces(story, text, size)
         for last in read(model, weights, given, capacity=length, leave=leave):
@@ -236,7 +237,7 @@ def tiny(parts: tuple[Bytes, Bytes, Bytes], streamed: int) -> dict[str, Row]:
 
 
 def shown(results: Mapping[str, Any], picture: str = "results/babilong-lengths.png") -> str:
-    """Means over seeds by length, who is ahead, the memory of streams, the control and the grid."""
+    """Means over seeds by length, the memory of streams, the control and the grid."""
     parts = ["Answers that are right, in percent, mean of the seeds (lowest to highest)."]
     for name, task in results.items():
         parts += [f"{name}, by the length of the row:", by_length(task).markdown()]
@@ -252,7 +253,7 @@ def shown(results: Mapping[str, Any], picture: str = "results/babilong-lengths.p
 
 
 def by_length(task: Mapping[str, Any]) -> report.Table:
-    """Models down, lengths across; the last column is the mean of all lengths."""
+    """Models down, lengths and how many rows they have across; then the mean of all lengths."""
     exams = {model: found(variants) for model, variants in task["models"].items()}
     lengths = list(dict.fromkeys(n for exam in exams.values() for n in exam["right"]))
     lines: list[tuple] = []
@@ -264,6 +265,8 @@ def by_length(task: Mapping[str, Any]) -> report.Table:
         lines.append((model, *cells, mean))
     chance = f"{100 * task['chance']['trained']:.1f}"
     lines.append(("*most frequent answer*", *([chance] * (len(lengths) + 1))))
+    counts = {n: rows for exam in exams.values() for n, rows in exam["rows"].items()}
+    lines.append(("*rows of each seed*", *(str(counts[n]) for n in lengths), ""))
     return report.Table("", ["model", *(f"{int(n):,}" for n in lengths), "mean"], lines)
 
 

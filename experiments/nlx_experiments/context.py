@@ -165,7 +165,7 @@ def examine(
     weights: PyTree[Array],
     leave: Callable[[], None],
 ) -> dict[str, Any]:
-    """{"ends": of stretches, "loss": seeds x stretches, nats a byte}.
+    """{"ends": of stretches, "loss": seeds x stretches, nats a byte, None where not finite}.
 
     batch: windows. piece: bytes read at once. model, weights, leave: as of an `Exam`.
     """
@@ -176,10 +176,15 @@ def examine(
     return {"ends": ends, "loss": [_rounded(seed, ends) for seed in loss]}
 
 
-def _rounded(loss: Float[np.ndarray, " t"], ends: Sequence[int]) -> list[float]:
-    """The mean of each stretch."""
-    begins = [0, *ends[:-1]]
-    return [round(float(loss[a:b].mean()), 5) for a, b in zip(begins, ends, strict=True)]
+def _rounded(loss: Float[np.ndarray, " t"], ends: Sequence[int]) -> list[float | None]:
+    """The mean of each stretch; what is not finite is None, for JSON has no name for it."""
+    means = [float(loss[a:b].mean()) for a, b in zip([0, *ends[:-1]], ends, strict=True)]
+    return [round(mean, 5) if math.isfinite(mean) else None for mean in means]
+
+
+def perplexities(exam: Mapping[str, Any]) -> Float[np.ndarray, "m n"]:
+    """Of seeds and stretches; NaN where a loss is None."""
+    return np.exp(np.array(exam["loss"], float))
 
 
 def tiny(parts: tuple[Bytes, Bytes, Bytes]) -> dict[str, Row]:
@@ -216,10 +221,9 @@ def table(task: Mapping[str, Any]) -> report.Table:
     for model, variants in task["models"].items():
         exam = found(variants)
         ends = exam["ends"]
-        perplexity = np.exp(exam["loss"])
         cells = [
-            f"{math.exp(np.mean(np.log(seeds))):.3f} ({seeds.min():.3f} to {seeds.max():.3f})"
-            for seeds in perplexity.T
+            f"{seeds.mean():.3f} ({seeds.min():.3f} to {seeds.max():.3f})"
+            for seeds in perplexities(exam).T
         ]
         lines.append((model, *cells))
     names = [f"{a + 1:,} to {b:,}" for a, b in zip([0, *ends[:-1]], ends, strict=True)]
@@ -231,7 +235,7 @@ def plot(path: pathlib.Path, task: Mapping[str, Any]) -> None:
     figure, axes = plt.subplots(figsize=(7.5, 4.5), layout="constrained")
     for (model, variants), colour in zip(task["models"].items(), report.COLOURS, strict=False):
         exam = found(variants)
-        ends, perplexity = exam["ends"], np.exp(exam["loss"])
+        ends, perplexity = exam["ends"], perplexities(exam)
         axes.plot(ends, perplexity.mean(0), "o-", color=colour, markersize=3, label=model)
         low, high = perplexity.min(0), perplexity.max(0)
         axes.fill_between(ends, low, high, color=colour, alpha=0.15, linewidth=0)

@@ -21,6 +21,7 @@ Source: Behrouz et al. (2024), Titans, section 5 (forecasting as a further use o
 """
 
 import dataclasses
+import functools
 import hashlib
 import pathlib
 import statistics
@@ -116,10 +117,11 @@ def main(options: Forecasting) -> dict[str, Any]:
                 what = identity(model, config, horizon, size, parts)
                 wanted = not options.models or model in options.models
                 if run and wanted and what not in store.known:
-                    record = measure(config, horizon, size, parts, model == CONTROL)
+                    called = f"{horizon} months, {model}"
+                    leave = functools.partial(_leave, stop, called)
+                    record = measure(config, horizon, size, parts, model == CONTROL, leave)
                     store.add({"what": what, **record})
-                    say(f"{horizon} months, {model}: {_interval(best(record)['mse'])}")
-                    _leave(stop, f"{horizon} months, {model}")
+                    say(f"{called}: {_interval(best(record)['mse'])}")
                 if what in (known := before | store.known):
                     found[model] = {"": known[what]}
             if found:
@@ -128,11 +130,11 @@ def main(options: Forecasting) -> dict[str, Any]:
     return results
 
 
-def _leave(stop: StopRequest, done: str) -> None:
+def _leave(stop: StopRequest, name: str) -> None:
     if stop.received is not None:
         raise Stopped(
-            f"{stop.received.name}: {done} is finished and kept; the same command goes on from "
-            "there.",
+            f"{stop.received.name}: {name} was not finished and begins anew; all before it is "
+            "kept, the same command goes on from there.",
             stop.received,
         )
 

@@ -3,6 +3,7 @@
 
 import functools
 import time
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -56,11 +57,13 @@ def measure(
     size: Size,
     parts: tuple[Windows, Windows, Windows],
     control: bool = False,
+    leave: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """Trains every seed at every rate at once, and examines them.
 
     config: of the blocks. horizon: months. parts: to train, to choose, to report on. control:
-    whether windows are trained with what follows others.
+    whether windows are trained with what follows others. leave: called after every validation; may
+    raise.
 
     Returns "rates": rate -> {"validation", "mse", "mae"}, by seed; "rate": the best; "steps",
     "seconds", "parameters", "device".
@@ -85,6 +88,7 @@ def measure(
         lost = np.array([found["mse"] for found in validation(state.params)])
         value = np.where(np.isfinite(lost), -lost, -1e9)
         kept = sequence_learner.better((state.params, value), kept)
+        leave()
     chosen = -kept[1].reshape(len(size.rates), size.seeds)
     errors = test(kept[0])
     by_rate = {}

@@ -2,8 +2,8 @@
 """`nlx run needle`: what was said once, far back, at every depth of longer and longer haystacks.
 
 command    nlx run needle [--models MODEL ...] [--longest N] [--data PATH ...]
-           nlx run needle-tiny: next to nothing of it, in seconds; needle-gpu: bytes, RULER's own
-           words, texts from the standard library or --data, models of width 256, for a GPU
+           nlx run needle-tiny: next to nothing of it, in seconds; needle-gpu: bytes, nearly in
+           RULER's words, texts from the standard library or --data, models of width 256, for a GPU
 shows      the share of values that are said whole, by kind of task, length and depth, of models
            trained on rows of at most 128 symbols (gpu: 2,048 bytes); results/needle-map.png has a
            heat map, length x depth, for each model and kind
@@ -12,57 +12,38 @@ expects    meant, and not shown yet: Hope in the mean at least level with Titans
            and Gated DeltaNet; in brackets in the table what Behrouz et al. (2025), Table 1, have at
            4,096, 8,192 and 16,384 tokens, of far larger models
 
-One model is trained on all kinds at once (`needle_tasks.py`), as one is that is examined on all of
-RULER, in a curriculum of lengths. Weights and rate are chosen on validation rows of up to the
-lengths trained on; `longer` rows, of twice as many symbols, and the grid are only ever examined.
-Rows of the grid are read in pieces, the state carried from one to the next, so a length costs time
-and, but for the Transformer, no memory. A value counts where every symbol of it is right.
+One model is trained on all kinds at once (`needle_mixture.py`), as one is that is examined on all
+of RULER, in a curriculum of lengths; most rows trained on ask many questions. The rate is one,
+1e-2, for all: in recall's pilots 3e-3 was worse for all that were tried. Weights are chosen on
+validation rows of up to the lengths trained on; `longer` rows, of twice as many symbols, and the
+grid are only ever examined. Rows of the grid are read in pieces, the state carried from one to the
+next, so a length costs time and, but for the Transformer, no memory; it reads rows of up to 4,096
+alone (gpu: all), for its time grows as their square. A value counts where every symbol of it is
+right and in the place where it is due (RULER's score takes values in any order).
 """
 
 import dataclasses
 import functools
 import pathlib
-import statistics
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import matplotlib.pyplot as plt
 import numpy as np
 from jaxtyping import Array, PyTree
-from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Normalize
 
 from nlx import nn
-from nlx_experiments import needle_tasks, needle_writing, report, sequence_table
+from nlx_experiments import needle_mixture, needle_table, needle_tasks, needle_writing
 from nlx_experiments import sequence_experiment as experiment
-from nlx_experiments.long_context import base, contestants, found, texts
+from nlx_experiments.long_context import base, contestants, texts
+from nlx_experiments.needle_table import TASK
 from nlx_experiments.needle_tasks import KINDS
 from nlx_experiments.needle_writing import Writing
 from nlx_experiments.sequence_contest import Exam, Plan
 from nlx_experiments.sequence_experiment import Options, Row
 from nlx_experiments.sequence_reading import cut, read
-from nlx_experiments.sequence_tasks import Batch
+from nlx_experiments.sequence_tasks import Batch, joined
 
-# Behrouz et al. (2025), Nested Learning, Table 1, in percent: 4,096, 8,192 and 16,384 tokens.
-PAPER: Mapping[str, Mapping[str, tuple[float, float, float]]] = {
-    "transformer": {
-        "S-NIAH-1": (88.6, 76.4, 79.8), "S-NIAH-2": (100, 98.8, 94.2),
-        "S-NIAH-3": (78.0, 69.2, 40.8), "MK-NIAH-1": (79.4, 83.0, 61.4),
-        "MQ-NIAH": (58.9, 48.0, 29.8), "MV-NIAH": (37.5, 34.1, 21.5),
-    },
-    "titans": {
-        "S-NIAH-1": (100, 100, 100), "S-NIAH-2": (99.6, 84.6, 75.4),
-        "S-NIAH-3": (74.2, 42.8, 21.2), "MK-NIAH-1": (26.4, 23.6, 8.2),
-        "MQ-NIAH": (22.8, 19.8, 9.4), "MV-NIAH": (24.6, 15.1, 8.2),
-    },
-    "hope": {
-        "S-NIAH-1": (100, 100, 100), "S-NIAH-2": (99.2, 88.4, 78.2),
-        "S-NIAH-3": (73.2, 46.2, 24.8), "MK-NIAH-1": (29.4, 24.8, 14.8),
-        "MQ-NIAH": (31.7, 24.8, 14.2), "MV-NIAH": (31.4, 17.2, 11.4),
-    },
-}  # fmt: skip
-TASK = "needles"
 AT_ONCE = 2**17  # symbols of the rows that are read together
 
 
@@ -107,6 +88,7 @@ class Grid(NamedTuple):
     depths: tuple[float, ...]
     rows: int
     piece: int  # symbols read at once
+    attended: int  # symbols of a row that attention, whose time grows as their square, reads
 
 
 class Size(NamedTuple):
@@ -127,15 +109,16 @@ class Size(NamedTuple):
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 SIX = ("S-NIAH-1", "S-NIAH-2", "S-NIAH-3", "MK-NIAH-1", "MQ-NIAH", "MV-NIAH")
 FULL = Size(
-    width=32, layers=2, parameters=40_000, lengths=(40, 128), stages=((0, 64), (700, 128)),
-    steps=1_500, rates=(1e-2,), rows=16, checked=32,
-    grid=Grid(SIX, tuple(2**n for n in range(7, 15)), DEPTHS, 4, 256),
+    width=32, layers=2, parameters=40_000, lengths=(40, 128), stages=((0, 64), (1_000, 128)),
+    steps=2_000, rates=(1e-2,), rows=16, checked=32,
+    grid=Grid(SIX, tuple(2**n for n in range(7, 15)), DEPTHS, 4, 256, 4_096),
 )  # fmt: skip
 OF_GPU = Size(
     width=256, layers=4, parameters=5_000_000, lengths=(1_024, 2_048),
     stages=((0, 1_024), (10_000, 2_048)), steps=30_000, rates=(2e-3,), rows=8, checked=4,
     grid=Grid(
-        tuple(KINDS), tuple(2**n for n in range(10, 17)), tuple(n / 10 for n in range(11)), 16, 512
+        tuple(KINDS), tuple(2**n for n in range(10, 17)), tuple(n / 10 for n in range(11)), 16, 512,
+        65_536,
     ),
 )  # fmt: skip
 
@@ -149,10 +132,10 @@ def main(options: Needle) -> dict[str, Any]:
         name, rows = "needle-gpu", full(OF_GPU, options.longest, _in_bytes(options.data))
     else:
         rows = full(FULL, options.longest, _in_symbols())
-    text = functools.partial(shown, picture=f"results/{name}-map.png")
+    text = functools.partial(needle_table.shown, picture=f"results/{name}-map.png")
     results = experiment.run(options, name, rows, text, measure="rows")
     if results:
-        draw(options.place / "results" / f"{name}-map.png", results[TASK])
+        needle_table.draw(options.place / "results" / f"{name}-map.png", results[TASK])
     return results
 
 
@@ -171,7 +154,7 @@ def full(size: Size, longest: int, writings: Mapping[str, Writing]) -> dict[str,
     longest: of the grid. writings: "train", "validation" and "test".
     """
     kinds = size.grid.kinds
-    task = needle_tasks.mixture(kinds, writings)
+    task = needle_mixture.mixture(kinds, writings)
     short, long = size.lengths
     plan = Plan(
         bins={"trained": (short, long), "longer": (2 * long, 2 * long)},
@@ -193,11 +176,15 @@ def full(size: Size, longest: int, writings: Mapping[str, Writing]) -> dict[str,
 
 
 def exam(grid: Grid, writings: Mapping[str, Writing]) -> Exam:
-    """The grid of lengths and depths: see `examine`."""
+    """The grid of lengths and depths: see `examine`.
+
+    Raises what drawing its shortest and its longest rows does: before anything is trained.
+    """
     writing = writings["test"]
     drawn = [
-        examined(kind, grid._replace(rows=2), writing, min(grid.lengths), 0.5)
+        examined(kind, grid._replace(rows=2), writing, length, 0.5)
         for kind in grid.kinds
+        for length in (min(grid.lengths), max(grid.lengths))
     ]
     digest = zlib.crc32(b"".join(batch.tokens.tobytes() for batch in drawn))
     return Exam(f"{grid} {digest}", functools.partial(examine, grid, writing))
@@ -225,12 +212,11 @@ def examine(
     grid: what is examined. writing: of its rows. model, weights, leave: as of an `Exam`.
     """
     shares: dict[str, dict[str, list[list[float]]]] = {kind: {} for kind in grid.kinds}
-    for length in grid.lengths:
+    limit = grid.attended if "attention" in model.mixers else max(grid.lengths)
+    for length in (n for n in grid.lengths if n <= limit):
         for kind in grid.kinds:
             cells = [examined(kind, grid, writing, length, depth) for depth in grid.depths]
-            join = lambda of: np.concatenate([getattr(cell, of) for cell in cells])  # noqa: B023
-            batch = Batch(join("tokens"), join("answers"), join("scored"))
-            right = answered(model, weights, batch, grid.piece, leave)
+            right = answered(model, weights, joined(cells), grid.piece, leave)
             values = needle_tasks.right_values(right, KINDS[kind], writing).mean(-1)
             by_depth = values.reshape(len(values), len(grid.depths), grid.rows).mean(-1)
             shares[kind][str(length)] = np.round(by_depth.astype(float), 4).tolist()
@@ -266,80 +252,9 @@ def tiny() -> dict[str, Row]:
     kinds = ("S-NIAH-1", "MQ-NIAH")
     size = FULL._replace(
         width=8, layers=1, parameters=3_000, lengths=(64, 64), stages=((0, 64),), steps=2, rows=4,
-        grid=Grid(kinds, (64, 128), (0.0, 1.0), 2, 64),
+        grid=Grid(kinds, (64, 128), (0.0, 1.0), 2, 64, 128),
     )  # fmt: skip
     row = full(size, 2**14, _in_symbols())[TASK]
     plan = dataclasses.replace(row.plan, seeds=1, every=1, validated=4, tested=4)
     models = {"transformer": row.models["transformer"]}
     return {TASK: row._replace(plan=plan, models=models, control=None)}
-
-
-def shown(results: Mapping[str, Any], picture: str = "results/needle-map.png") -> str:
-    """Means over depths and seeds by kind and length, who is ahead, the control and the grid."""
-    task = results[TASK]
-    parts = ["Values that are said whole, in percent, mean of all depths and seeds:"]
-    for kind in found(next(iter(task["models"].values())))["right"]:
-        parts += [f"{kind}:", by_length(task, kind).markdown()]
-    parts += [*verdicts(task), f"![share right by length and depth]({picture})"]
-    parts += [*sequence_table.control(results), "Whole answers, rows of all kinds:"]
-    return "\n\n".join([*parts, sequence_table.grid(results, "rows").markdown()])
-
-
-def by_length(task: Mapping[str, Any], kind: str) -> report.Table:
-    """Models down, lengths across: the mean, seeds' lowest and highest, the paper's in brackets."""
-    exams = {model: found(variants) for model, variants in task["models"].items()}
-    some = next(iter(exams.values()))
-    rows, lengths = [], list(some["right"][kind])
-    for model, exam in exams.items():
-        cells = []
-        for length in lengths:
-            seeds = [statistics.fmean(depths) for depths in exam["right"][kind][length]]
-            paper = PAPER.get(model, {}).get(kind, ())
-            places = dict(zip(("4096", "8192", "16384"), paper, strict=False))
-            told = f" [{places[length]:g}]" if length in places else ""
-            cells.append(sequence_table.interval(seeds) + told)
-        rows.append((model, *cells))
-    rows.append(("*each symbol drawn*", *([f"{100 * some['chance'][kind]:.2g}"] * len(lengths))))
-    return report.Table("", ["model", *(f"{int(n):,}" for n in lengths)], rows)
-
-
-def verdicts(task: Mapping[str, Any]) -> list[str]:
-    """Hope's mean over kinds and lengths beyond those trained on, beside each rival's."""
-    longest = task["plan"]["stages"][-1][1]
-    means = {}
-    for model, variants in task["models"].items():
-        cells = [
-            statistics.fmean(statistics.fmean(depths) for depths in seeds)
-            for lengths in found(variants)["right"].values()
-            for length, seeds in lengths.items()
-            if int(length) > longest
-        ]
-        if cells:
-            means[model] = 100 * statistics.fmean(cells)
-    if not means:
-        return []
-    told = ", ".join(f"{model} {mean:.1f}" for model, mean in means.items())
-    return [f"Mean of all kinds and all lengths beyond those trained on: {told}."]
-
-
-def draw(path: pathlib.Path, task: Mapping[str, Any]) -> None:
-    """A heat map for each kind and model: lengths across, depths down, mean of the seeds."""
-    exams = {model: found(variants)["right"] for model, variants in task["models"].items()}
-    kinds = list(next(iter(exams.values())))
-    size = (2.1 * len(kinds) + 1.5, 1.7 * len(exams) + 0.8)
-    figure, grid = plt.subplots(
-        len(exams), len(kinds), figsize=size, layout="constrained", squeeze=False, sharey=True
-    )
-    scale = Normalize(0, 1)
-    for line, (model, exam) in zip(grid, exams.items(), strict=True):
-        for axes, (kind, lengths) in zip(line, exam.items(), strict=True):
-            shares = np.mean(list(lengths.values()), 1).T  # depths x lengths
-            axes.imshow(shares, norm=scale, aspect="auto", cmap="RdYlGn")
-            names = [f"{int(n) // 1024}k" if int(n) >= 1024 else n for n in lengths]
-            axes.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
-            axes.set_yticks([0, len(shares) - 1], ["start", "end"], fontsize=7)
-            axes.set_title(kind if model == next(iter(exams)) else "", fontsize=9)
-        line[0].set_ylabel(model, fontsize=9)
-    shown = ScalarMappable(scale, "RdYlGn")
-    figure.colorbar(shown, ax=grid, label="values said whole", shrink=0.6)
-    report.save(figure, path)

@@ -29,7 +29,7 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from nlx_experiments.needle_writing import Symbols, Writing
-from nlx_experiments.sequence_tasks import Batch, Task
+from nlx_experiments.sequence_tasks import Batch
 
 TRIES = 100  # draws of what must differ, before that is called impossible
 
@@ -64,75 +64,16 @@ class Rows(NamedTuple):
     starts: Int[np.ndarray, "b n"]  # of the needles, in the order in which they stand
     keys: Int[np.ndarray, "b n k"]
     values: Int[np.ndarray, "b n v"]
-    asked: Int[np.ndarray, "b q k"]  # keys
+    asked: Int[np.ndarray, "b q k"]  # keys, those of one question after those of another
 
 
-def task(name: str, writing: Writing, depth: float | None = None) -> Task:
-    """Rows of one of KINDS; what is graded is the whole answer.
-
-    depth: share of the haystack that stands before the first needle asked for, 0 to 1; None: any.
-        Other needles stand anywhere.
-
-    Raises ValueError for another name or depth, and draws for rows that are too short.
-    """
-    if name not in KINDS:
-        raise ValueError(f"`name` is {name!r}; it must be one of {', '.join(KINDS)}.")
-    if depth is not None and not 0 <= depth <= 1:
-        raise ValueError(f"`depth` is {depth}; it must be from 0 to 1, or None.")
-
-    def draw(generator: np.random.Generator, rows: int, shortest: int, longest: int) -> Batch:
-        length = int(generator.integers(shortest, longest + 1))
-        batch = compose(KINDS[name], writing, generator, rows, length, depth).batch
-        fill = lambda x: np.pad(x, ((0, 0), (0, longest - length)))
-        return Batch(fill(batch.tokens), fill(batch.answers), fill(batch.scored))
-
-    return Task(name, writing.symbols, writing.symbols, draw)
-
-
-def mixture(names: tuple[str, ...], writings: Mapping[str, Writing]) -> Task:
-    """Rows of one kind in each batch, any of them; validation and test hold all, row by row.
-
-    writings: "train", "validation" and "test", whose texts may be different ones.
-    """
-
-    def training(generator: np.random.Generator, rows: int, shortest: int, longest: int) -> Batch:
-        name = names[generator.integers(len(names))]
-        return task(name, writings["train"]).draw(generator, rows, shortest, longest)
-
-    def every(part: str):
-        def draw(generator: np.random.Generator, rows: int, shortest: int, longest: int) -> Batch:
-            counts = [len(range(n, rows, len(names))) for n in range(len(names))]
-            drawn = [
-                task(name, writings[part]).draw(generator, count, shortest, longest)
-                for name, count in zip(names, counts, strict=True)
-                if count
-            ]
-            join = lambda of: np.concatenate([getattr(batch, of) for batch in drawn])
-            return Batch(join("tokens"), join("answers"), join("scored"))
-
-        return draw
-
-    symbols = writings["train"].symbols
-    return Task(
-        ", ".join(names), symbols, symbols, training, validation=every("validation"),
-        test=every("test"),
-    )  # fmt: skip
-
-
-def room(kind: Kind, writing: Writing, length: int) -> int:
+def room(kind: Kind, writing: Writing, length: int, questions: int = 1) -> int:
     """Symbols of the haystack in rows of a length.
 
     Raises ValueError where there is none.
     """
-    between = writing.between.size
-    answers = kind.asked * kind.values
-    taken = (
-        writing.instruction.size
-        + kind.keys * kind.values * _width(kind, writing)
-        + sum(part.size for part in writing.question)
-        + kind.asked * len(writing.alphabets[kind.key]) + (kind.asked - 1) * between
-        + answers * len(writing.alphabets[kind.value]) + (answers - 1) * between
-    )  # fmt: skip
+    needles = kind.keys * kind.values * needle_size(kind, writing)
+    taken = writing.instruction.size + needles + questions * question_size(kind, writing)
     if length <= taken:
         raise ValueError(
             f"`length` is {length}; it must be more than {taken}, what needles, question and "
@@ -148,15 +89,20 @@ def compose(
     rows: int,
     length: int,
     depth: float | None = None,
+    questions: int = 1,
 ) -> Rows:
     """Rows of exactly `length` symbols, scored at those before each symbol of a value asked for.
 
-    depth: of the first needle asked for: see `task`.
+    depth: share of the haystack that stands before the first needle asked for, 0 to 1; None: any.
+        Other needles stand anywhere.
+    questions: with their answers, one after the other; those after the first ask for any keys.
 
     Raises:
-      ValueError: no room for a haystack, or too few keys or values to be different.
+      ValueError: another depth, no room for a haystack, or too few keys or values to be different.
     """
-    free, needles = room(kind, writing, length), kind.keys * kind.values
+    if depth is not None and not 0 <= depth <= 1:
+        raise ValueError(f"`depth` is {depth}; it must be from 0 to 1, or None.")
+    free, needles = room(kind, writing, length, questions), kind.keys * kind.values
     keys = _different(generator, writing.alphabets[kind.key], rows, kind.keys, "keys")
     told = _different(generator, writing.alphabets[kind.value], rows, needles, "values")
     hay, may = _haystack(kind, writing, generator, rows, free, keys)
@@ -182,23 +128,24 @@ def compose(
     np.put_along_axis(body, spots, needle.reshape(rows, -1), 1)
     np.put_along_axis(taken, spots, True, 1)
     body[~taken] = hay.ravel()
-    asked = keys[:, : kind.asked]
     repeat = lambda part: np.broadcast_to(part, (rows, part.size))
-    ends = [
-        repeat(writing.question[0]),
-        _joined(asked, writing.between),
-        repeat(writing.question[1]),
-    ]
-    wanted = np.stack([_of_key(told, whose, key, kind.values) for key in range(kind.asked)], 1)
-    wanted = wanted.reshape(rows, kind.asked * kind.values, -1)
-    answer = _joined(wanted, writing.between)
-    tokens = np.concatenate([repeat(writing.instruction), body, *ends, answer], 1)
-    graded = _joined(np.ones_like(wanted), np.zeros_like(writing.between))
-    scored, answers = np.zeros(tokens.shape, np.float32), np.zeros_like(tokens)
-    last = slice(length - answer.shape[1] - 1, length - 1)
-    scored[:, last], answers[:, last] = graded, answer * graded
+    parts, asked = [(repeat(writing.instruction), 0), (body, 0)], []  # symbols; whether graded
+    for which in _asked(kind, generator, rows, questions):
+        asked.append(np.take_along_axis(keys, which[:, :, None], 1))
+        values = np.concatenate([_of_key(told, whose, key, kind.values) for key in which.T], 1)
+        graded = _joined(np.ones_like(values), np.zeros_like(writing.between))
+        parts += [
+            (repeat(writing.question[0]), 0),
+            (_joined(asked[-1], writing.between), 0),
+            (repeat(writing.question[1]), 0),
+            (_joined(values, writing.between), graded),
+        ]
+    tokens = np.concatenate([part for part, _ in parts], 1)
+    graded = np.concatenate([np.broadcast_to(of, part.shape) for part, of in parts], 1)
+    after = lambda x: np.pad(x, ((0, 0), (0, 1)))[:, 1:]  # what follows each symbol
+    batch = Batch(tokens, after(tokens * graded), after(graded).astype(np.float32))
     starts = starts + writing.instruction.size
-    return Rows(Batch(tokens, answers, scored), starts, named, told, asked)
+    return Rows(batch, starts, named, told, np.concatenate(asked, 1))
 
 
 def right_values(right: Bool[np.ndarray, "*b n"], kind: Kind, writing: Writing) -> np.ndarray:
@@ -215,7 +162,25 @@ def chance(kind: Kind, writing: Writing) -> float:
     return float(np.prod([1 / alphabet.size for alphabet in writing.alphabets[kind.value]]))
 
 
-def _width(kind: Kind, writing: Writing) -> int:
+def question_size(kind: Kind, writing: Writing) -> int:
+    """Symbols of a question and its answer."""
+    between, answers = writing.between.size, kind.asked * kind.values
+    return (
+        sum(part.size for part in writing.question)
+        + kind.asked * len(writing.alphabets[kind.key]) + (kind.asked - 1) * between
+        + answers * len(writing.alphabets[kind.value]) + (answers - 1) * between
+    )  # fmt: skip
+
+
+def _asked(kind: Kind, generator: np.random.Generator, rows: int, questions: int):
+    """Of each question which keys it asks for, [b, asked]: the first ones, then any."""
+    yield np.broadcast_to(np.arange(kind.asked), (rows, kind.asked))
+    for _ in range(questions - 1):
+        yield generator.random((rows, kind.keys)).argsort(1)[:, : kind.asked]
+
+
+def needle_size(kind: Kind, writing: Writing) -> int:
+    """Symbols of a needle."""
     alphabets = writing.alphabets[kind.key], writing.alphabets[kind.value]
     return sum(part.size for part in writing.needle) + sum(map(len, alphabets))
 
@@ -247,7 +212,7 @@ def _haystack(kind: Kind, writing: Writing, generator, rows: int, length: int, k
         return hay, np.broadcast_to(np.arange(length + 1) % writing.noise.size == 0, (
             rows, length + 1,
         )).copy()  # fmt: skip
-    width = _width(kind, writing)
+    width = needle_size(kind, writing)
     count, rest = divmod(length, width)
     others = _drawn(generator, writing.alphabets[kind.key], (rows, count))
     for _ in range(TRIES):
@@ -280,7 +245,9 @@ def _joined(parts: np.ndarray, between: Symbols) -> np.ndarray:
     return whole[:, : whole.shape[1] - between.size]
 
 
-def _of_key(told: np.ndarray, whose: np.ndarray, key: int, values: int) -> np.ndarray:
-    """The values of a key in the order in which they stand, [b, values, size]."""
+def _of_key(
+    told: np.ndarray, whose: np.ndarray, key: Int[np.ndarray, " b"], values: int
+) -> np.ndarray:
+    """The values of each row's key in the order in which they stand, [b, values, size]."""
     rows, _, size = told.shape
-    return told[whose == key].reshape(rows, values, size)
+    return told[whose == key[:, None]].reshape(rows, values, size)

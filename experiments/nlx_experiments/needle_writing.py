@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a row with needles is written: in bytes, in RULER's words, or in few symbols.
+"""How a row with needles is written: in bytes, nearly in RULER's words, or in few symbols.
 
 Source: Hsieh et al. (2024), RULER, section 3 and appendix B; words are made of syllables here.
 """
@@ -69,7 +69,9 @@ def in_symbols(words: int = 16, letters: int = 32, digits: int = 10) -> Writing:
 
 
 def in_bytes(text: Bytes) -> Writing:
-    """Of bytes, in RULER's words; a needle in text stands before a line, but where none begins.
+    """Of bytes, nearly in RULER's words; a needle in text stands before a line, or is the first.
+
+    What RULER calls "numbers" and "uuids" are "values" here, in one form for one and for many.
 
     text: stretches of it are the haystacks of text.
     """

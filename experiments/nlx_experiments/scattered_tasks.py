@@ -5,6 +5,10 @@ The sentences of a story (`facts_tasks.py`) stand in their order anywhere in a r
 the end; all between is text. A row of ten million symbols is made as it is read: what is kept is
 where its sentences stand.
 
+A story's words are symbols of their own, which no text holds: BABILong's are English, as its text
+is. Rows that are trained on have questions in the story too, as many as facts where one can be, for
+a row with one answer teaches little.
+
 Source: Kuratov et al. (2024), BABILong, section 2; Weston et al. (2015), bAbI.
 """
 
@@ -18,10 +22,11 @@ from jaxtyping import Float, Int
 from nlx_experiments import facts_tasks
 from nlx_experiments.data import VOCABULARY, Bytes
 from nlx_experiments.errors import Refused
-from nlx_experiments.sequence_tasks import Batch, Task
+from nlx_experiments.sequence_tasks import Batch, Draw, Task, padded, row_by_row
 
 SENTENCE = 3  # symbols
-FACTS = 2, 12  # sentences of a story before its question, fewest and most
+FACTS = 2, 12  # facts of a story, fewest and most
+ASKED = 0.5  # share of the sentences before the last that are questions, in training
 
 
 class Story(NamedTuple):
@@ -30,9 +35,13 @@ class Story(NamedTuple):
     tokens: Int[np.ndarray, "b n 3"]
     answers: Int[np.ndarray, "b n 3"]
     scored: Float[np.ndarray, "b n 3"]
-    starts: Int[np.ndarray, "b n"]
+    starts: Int[np.ndarray, "b n"]  # before the row where a story has fewer sentences
     offsets: Int[np.ndarray, " b"]  # of the background in the text
     length: int  # of the rows
+
+    def first(self, rows: int) -> "Story":
+        """Some of the rows."""
+        return Story(*(x[:rows] for x in self[:-1]), self.length)
 
 
 def stories(
@@ -43,20 +52,26 @@ def stories(
     text: Bytes,
     asked: float = 0.0,
 ) -> Story:
-    """Draws stories for rows of `length` symbols, places 0 to 5 first; see `symbols`.
+    """Draws stories for rows of `length` symbols; those of one generator differ by where they lie.
+
+    Each row has an even chance of every number of sentences. Stories do not depend on the length,
+    but where that has no room for the longest.
 
     Args:
       supporting: facts an answer needs, 1 to 3.
-      generator: all rows of a call have one number of sentences, which it draws.
+      generator: of the stories, then of where their sentences stand.
       rows: how many.
       length: in symbols, the question at its end; >= 3 (supporting + 2).
       text: of the background, read round and round from anywhere.
-      asked: share of other sentences that are questions too, where they can be; 0 is BABILong.
+      asked: share of other sentences that are questions too, where they can be, below 1; 0 is
+        BABILong.
 
     Raises:
-      ValueError: a length without room. Refused: no text.
+      ValueError: a length without room, another share. Refused: no text.
     """
     fewest = max(FACTS[0], supporting + 1)
+    if not 0 <= asked < 1:
+        raise ValueError(f"`asked` is {asked}; it must be from 0 to below 1.")
     if length < SENTENCE * (fewest + 1):
         raise ValueError(
             f"`length` is {length}; it must be at least {SENTENCE * (fewest + 1)}: {fewest} facts "
@@ -64,19 +79,26 @@ def stories(
         )
     if not text.size:
         raise Refused("`--data` leaves no text for the background.")
-    most = max(fewest, min(FACTS[1], length // SENTENCE - 1))
-    sentences = 1 + int(generator.integers(fewest, most + 1))
+    most = max(fewest, min(round(FACTS[1] / (1 - asked)), length // SENTENCE - 1))
     told = facts_tasks.facts(supporting, asked=asked).draw(
-        generator, rows, SENTENCE * sentences, SENTENCE * sentences
+        generator, rows, SENTENCE * (fewest + 1), SENTENCE * (most + 1)
     )
-    apart = lambda x: x.reshape(rows, sentences, SENTENCE)
-    room = length - SENTENCE * sentences
-    gaps = np.sort(generator.integers(0, room + 1, (rows, sentences - 1)), 1)
-    gaps = np.concatenate([gaps, np.full((rows, 1), room)], 1)  # the question ends the row
-    starts = gaps + SENTENCE * np.arange(sentences)
+    apart = lambda x: x.reshape(rows, most + 1, SENTENCE)
+    tokens, answers, scored = (apart(x) for x in (told.tokens, told.answers, told.scored))
+    lack = np.argmax(scored[:, ::-1, -1] > 0, 1)[:, None]  # sentences behind the question
+    # Stories end together: what shorter ones lack stands before them, outside of the row.
+    place = np.arange(most + 1)
+    order, missing, behind = (place - lack) % (most + 1), place < lack, place - lack
+    tokens, answers, scored = (
+        np.take_along_axis(x, order[:, :, None], 1) for x in (tokens, answers, scored)
+    )
+    room = length - SENTENCE * (most + 1 - lack)
+    gaps = np.floor(generator.random((rows, most)) * (room + 1)).astype(int)
+    gaps = np.sort(np.where(missing[:, :-1], -1, gaps), 1)
+    gaps = np.concatenate([gaps, room], 1)  # the question ends the row
+    starts = np.where(missing, -SENTENCE, gaps + SENTENCE * behind)
     offsets = generator.integers(0, text.size, rows)
-    tokens = VOCABULARY + apart(told.tokens)
-    return Story(tokens, apart(told.answers), apart(told.scored), starts, offsets, length)
+    return Story(VOCABULARY + tokens, answers, scored, starts, offsets, length)
 
 
 def pieces(story: Story, text: Bytes, size: int) -> Iterator[Batch]:
@@ -102,24 +124,24 @@ def pieces(story: Story, text: Bytes, size: int) -> Iterator[Batch]:
 def scattered(supporting: int, train: Bytes, validation: Bytes, test: Bytes) -> Task:
     """Rows of any length with a question at the end; those trained on have others before it.
 
+    A batch that is trained on has one length; of others each row has its own.
+
     supporting: facts an answer needs, 1 to 3. train, validation, test: text of the backgrounds.
     """
     facts = facts_tasks.facts(supporting)
 
-    def drawing(text: Bytes, asked: float):
+    def drawing(text: Bytes, asked: float) -> Draw:
         def draw(generator: np.random.Generator, rows: int, shortest: int, longest: int) -> Batch:
             length = int(generator.integers(shortest, longest + 1))
             story = stories(supporting, generator, rows, length, text, asked)
-            batch = next(pieces(story, text, length))
-            fill = lambda x: np.pad(x, ((0, 0), (0, longest - length)))
-            return Batch(fill(batch.tokens), fill(batch.answers), fill(batch.scored))
+            return padded(next(pieces(story, text, length)), longest)
 
         return draw
 
     return dataclasses.replace(
         facts,
         symbols=VOCABULARY + facts.symbols,
-        draw=drawing(train, facts_tasks.ASKED),
-        validation=drawing(validation, 0.0),
-        test=drawing(test, 0.0),
+        draw=drawing(train, ASKED),
+        validation=row_by_row(drawing(validation, 0.0)),
+        test=row_by_row(drawing(test, 0.0)),
     )

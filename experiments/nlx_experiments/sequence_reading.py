@@ -21,7 +21,7 @@ class Piece(NamedTuple):
     """What m models made of a piece of b rows."""
 
     batch: Batch
-    right: Bool[np.ndarray, "m b t"]  # whether the answer has the best score
+    right: Bool[np.ndarray, "m b t"]  # whether the answer has the best score, and all are finite
     loss: Float[np.ndarray, "m b t"]  # cross-entropy of the answer, in nats
 
 
@@ -76,7 +76,7 @@ def _functions(config: nn.ModelConfig) -> tuple[Callable, Callable]:
     def go(weights, state, tokens: Array, answers: Array):
         scores, state = nnx.merge(graph, weights).model(tokens, state)
         loss = optax.softmax_cross_entropy_with_integer_labels(scores, answers)
-        return jnp.argmax(scores, -1) == answers, loss, state
+        return (jnp.argmax(scores, -1) == answers) & jnp.isfinite(loss), loss, state
 
     begin_all = jax.jit(
         lambda weights, rows, capacity: jax.vmap(lambda w: begin(w, rows, capacity))(weights),

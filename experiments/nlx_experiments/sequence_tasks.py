@@ -2,7 +2,7 @@
 """Sequence tasks: symbols in, an answer at some positions, drawn without end from a generator."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 import numpy as np
@@ -119,3 +119,18 @@ def padded(batch: Batch, length: int) -> Batch:
     """The batch with rows filled up to a length, with what is not scored."""
     fill = lambda x: np.pad(x, ((0, 0), (0, length - x.shape[1])))
     return Batch(fill(batch.tokens), fill(batch.answers), fill(batch.scored))
+
+
+def joined(batches: Sequence[Batch]) -> Batch:
+    """The rows of batches of one length."""
+    join = lambda of: np.concatenate([getattr(batch, of) for batch in batches])
+    return Batch(join("tokens"), join("answers"), join("scored"))
+
+
+def row_by_row(draw: Draw) -> Draw:
+    """Rows drawn one at a time: where a batch has one length, each gets its own."""
+
+    def rows(generator: np.random.Generator, rows: int, shortest: int, longest: int) -> Batch:
+        return joined([draw(generator, 1, shortest, longest) for _ in range(rows)])
+
+    return rows

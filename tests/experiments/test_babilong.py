@@ -54,7 +54,7 @@ def test_a_row_is_its_story_in_order_among_text_and_a_reader_can_answer(
     assert whole[0].shape == (3, length)
     for row, answers, counts, starts in zip(*whole, scored, story.starts, strict=True):
         told = np.flatnonzero(row >= 256)
-        assert told.reshape(-1, 3)[:, 0].tolist() == starts.tolist()
+        assert told.reshape(-1, 3)[:, 0].tolist() == starts[starts >= 0].tolist()
         assert starts[-1] == length - 3
         sentences = (row[told] - 256).reshape(-1, 3).tolist()
         assert 3 <= len(sentences) <= 13
@@ -68,9 +68,23 @@ def test_a_row_is_its_story_in_order_among_text_and_a_reader_can_answer(
 def test_sentences_stand_anywhere():
     story = stories(1, np.random.default_rng(0), 400, 1200, TEXT)
     first = story.starts[:, :-1]
+    first = first[first >= 0]
     counts = np.histogram(first, 6, (0, 1200))[0] / first.size
     assert abs(counts - 1 / 6).max() < 0.05
     assert len({*map(tuple, story.starts.tolist())}) == 400
+
+
+def test_every_row_has_a_number_of_facts_and_stories_are_the_same_at_every_length():
+    draw = lambda length: stories(2, np.random.default_rng(7), 600, length, TEXT)
+    short, long = draw(64), draw(4096)
+    counts = np.bincount((short.starts >= 0).sum(1) - 1, minlength=13)
+    assert not counts[:3].any()  # an answer needs two facts and somebody's move
+    assert counts[3:].min() > 0.6 * 600 / 10
+    for field in ("tokens", "answers", "scored"):
+        assert (getattr(short, field) == getattr(long, field)).all()
+    some = long.first(8)
+    assert some.length == 4096
+    assert all((a == b[:8]).all() for a, b in zip(some[:-1], long[:-1], strict=True))
 
 
 def test_ten_million_symbols_are_made_in_the_memory_of_a_piece():
@@ -90,12 +104,14 @@ def test_training_rows_ask_along_the_way_and_others_only_at_the_end():
     assert task.validation is not None
     assert task.test is not None
     draw = lambda of: of(np.random.default_rng(1), 60, 90, 100)
-    assert draw(task.draw).scored.sum(1).max() > 1
+    assert draw(task.draw).scored.sum(1).mean() > 4
     for exam in (task.validation, task.test):
         batch = draw(exam)
         assert (batch.scored.sum(1) == 1).all()
         assert batch.tokens.shape == (60, 100)
-    lengths = [np.flatnonzero(task.test(np.random.default_rng(n), 1, 50, 100).scored[0])[-1] + 1
+        ends = {int(np.flatnonzero(row)[-1]) for row in batch.scored}
+        assert len(ends) > 6  # each row has its own length
+    lengths = [np.flatnonzero(task.draw(np.random.default_rng(n), 1, 50, 100).scored[0])[-1] + 1
                for n in range(20)]  # fmt: skip
     assert min(lengths) < 65 < 85 < max(lengths)
 
@@ -123,8 +139,7 @@ def test_shares_are_of_the_question_alone_and_attention_goes_no_farther(monkeypa
     found = examine("deltanet")
     assert found["rows"] == {"64": 20, "128": 10}
     for length, rows in ((64, 20), (128, 10)):
-        story = stories(1, np.random.default_rng((1, length)), rows, length, TEXT)
-        answers = story.answers[:, -1, -1]
+        answers = stories(1, np.random.default_rng(1), 64, length, TEXT).answers[:rows, -1, -1]
         shares = [round(float((answers == n).mean()), 4) for n in range(2)]
         assert found["right"][str(length)] == shares
         assert max(shares) < 1
@@ -143,7 +158,7 @@ def test_shares_are_of_the_question_alone_and_attention_goes_no_farther(monkeypa
 def record(shares, stream):
     bins = {"trained": {"rows": [1.0] * 3, "tokens": [1.0] * 3, "loss": [0.0] * 3}}
     found = {"validation": 1.0, "validations": [1.0] * 3, **bins}
-    exam = {"right": shares, "rows": {}, **stream}
+    exam = {"right": shares, "rows": dict.fromkeys(shares, 64), **stream}
     return {"": {"rates": {"0.01": found}, "rate": "0.01", "steps": 9, "exam": exam}}
 
 
@@ -159,6 +174,7 @@ def test_tables_show_lengths_means_and_memory(tmp_path):
     assert "| hope | 100 | 60 (50 to 70) | 80.0 |" in text
     assert "| transformer | 90 |  |  |" in text
     assert "| *most frequent answer* | 25.0 | 25.0 | 25.0 |" in text
+    assert "| *rows of each seed* | 64 | 64 |  |" in text
     assert "| 1 fact | hope | 90 |" in text
     babilong.plot(tmp_path / "lengths.png", results)
     assert (tmp_path / "lengths.png").read_bytes().startswith(b"\x89PNG")
@@ -172,5 +188,7 @@ def test_bad_input_gets_a_sentence():
         stories(1, draw, 1, 90, TEXT[:0])
     with pytest.raises(ValueError, match="`streamed` is 10; it must be >= 1,024"):
         babilong.Babilong(streamed=10)
+    with pytest.raises(ValueError, match="`asked` is 1; it must be from 0 to below 1"):
+        stories(1, draw, 1, 90, TEXT, asked=1)
     with pytest.raises(ValueError, match="`asked` is 2; it must be from 0 to 1"):
         facts_tasks.facts(1, asked=2)

@@ -15,6 +15,7 @@ def test_stretches_double_and_end_with_the_window():
     assert context.stretches(16) == [16]
     assert context.stretches(100) == [16, 32, 64, 100]
     assert context._rounded(np.arange(40.0), [16, 32, 40]) == [7.5, 23.5, 35.5]
+    assert context._rounded(np.array([1.0, np.nan, 2.0, 2.0]), [2, 4]) == [None, 2.0]
 
 
 def test_windows_lie_evenly_from_the_first_byte_to_the_last():
@@ -57,6 +58,8 @@ def test_tables_show_perplexities(tmp_path):
     results = {context.TASK: {"plan": plan, "chance": {"fresh": 0.1}, "models": models}}
     text = context.shown(results)
     assert "| model | 1 to 16 | 17 to 32 |" in text
-    assert "| hope | 6.000 (4.000 to 9.000) | 2.000 (2.000 to 2.000) |" in text
+    assert "| hope | 6.500 (4.000 to 9.000) | 2.000 (2.000 to 2.000) |" in text
+    exam["loss"][0][1] = None
+    assert "| nan (nan to nan) |" in context.shown(results)
     context.plot(tmp_path / "curves.png", results[context.TASK])
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")

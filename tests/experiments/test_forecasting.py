@@ -1,9 +1,11 @@
 """Forecasting: the series against PyWavelets' own reader, windows by hand, rules and a fit."""
 
+import types
+
 import numpy as np
 import pytest
 import pywt.data
-from nlx_experiments import forecasting
+from nlx_experiments import forecasting, forecasting_learner, sequence_learner
 from nlx_experiments import forecasting_tasks as tasks
 from nlx_experiments.forecasting_tasks import Windows
 
@@ -85,6 +87,28 @@ def test_a_forecaster_learns_and_its_control_does_not():
         record = forecasting.measure(config, 4, size, parts, control)
         missed[control] = forecasting.best(record)["mse"][0]
     assert missed[False] < 0.1 < 0.5 < missed[True]
+
+
+def test_a_signal_ends_a_cell_after_the_validation_it_came_in(monkeypatch):
+    """Nothing is compiled: what trains does nothing, what examines finds one error."""
+    parts = tasks.split(np.sin(np.arange(400.0))[None], 32, 4)
+    size = forecasting.TINY._replace(context=32, horizons=(4,), steps=60, every=5)
+    state = types.SimpleNamespace(params={"w": np.zeros(1)})
+    fake = lambda *given, **named: (lambda seeds: state, lambda *given: (state, None))
+    monkeypatch.setattr(sequence_learner, "trainer", fake)
+    monkeypatch.setattr(forecasting_learner, "_errors", lambda *given: [{"mse": 1.0, "mae": 1.0}])
+    calls = []
+
+    def leave():
+        calls.append(1)
+        if len(calls) == 3:
+            raise InterruptedError
+
+    sizes = dict(vocabulary=2, width=8, heads=2, layers=1, hidden=8)
+    config = nn.ModelConfig(mixer="attention", feed_forward="swiglu", **sizes)
+    with pytest.raises(InterruptedError):
+        forecasting_learner.measure(config, 4, size, parts, leave=leave)
+    assert len(calls) == 3
 
 
 def test_tables_show_models_rules_and_the_control(tmp_path):

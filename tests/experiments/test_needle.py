@@ -3,12 +3,20 @@
 import pathlib
 import re
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from nlx_experiments import needle, needle_tasks, needle_writing, sequence_reading
+from nlx_experiments import (
+    needle,
+    needle_mixture,
+    needle_table,
+    needle_tasks,
+    needle_writing,
+    sequence_reading,
+)
 from nlx_experiments import sequence_learner as learner
 from nlx_experiments.needle_tasks import KINDS, compose
 from nlx_experiments.sequence_tasks import Batch, shuffled
@@ -98,7 +106,7 @@ def test_rows_hold_what_they_say_where_they_say_and_a_reader_can_answer(
         first = min(start for start, key, _ in found if key == asked[0])
         if depth is not None:  # the last place before it at which a needle may stand
             begin = writing.instruction.size
-            width = needle_tasks._width(kind, writing)
+            width = needle_tasks.needle_size(kind, writing)
             before = first - begin - width * sum(s < first for s, _, _ in own)
             most = {"noise": writing.noise.size, "needles": width}.get(kind.haystack, 400)
             assert depth * free - most - 1 <= before <= depth * free + 0.5
@@ -107,7 +115,7 @@ def test_rows_hold_what_they_say_where_they_say_and_a_reader_can_answer(
 @pytest.mark.parametrize("kind", ["S-NIAH-1", "S-NIAH-2"])
 def test_without_its_needle_a_row_is_its_haystack(kind):
     rows = compose(KINDS[kind], BYTES, np.random.default_rng(3), 20, 1500)
-    width = needle_tasks._width(KINDS[kind], BYTES)
+    width = needle_tasks.needle_size(KINDS[kind], BYTES)
     places = set()
     for row, (start,) in zip(rows.batch.tokens, rows.starts, strict=True):
         text = bytes(np.delete(row, np.arange(start, start + width)).astype(np.uint8))
@@ -132,9 +140,54 @@ def test_the_depth_is_the_share_of_the_haystack_before_the_needle():
     assert ends == {0.0: 0, 0.5: round(free / 2), 1.0: free}
 
 
-def test_a_mixture_examines_every_kind_and_trains_on_one_a_batch():
+@pytest.mark.parametrize("length", [40, 64, 128])
+@pytest.mark.parametrize("name", KINDS)
+def test_drills_ask_again_and_again_and_a_reader_can_answer(name, length):
+    kind, questions = needle_mixture.drill(KINDS[name], SYMBOLS, length)
+    assert kind._replace(keys=KINDS[name].keys) == KINDS[name]
+    batch = compose(kind, SYMBOLS, np.random.default_rng(1), 6, length, questions=questions).batch
+    size = kind.asked * len(SYMBOLS.alphabets[kind.key])
+    keys = set()
+    for row, answers, scored in zip(batch.tokens, batch.answers, batch.scored, strict=True):
+        asks = np.flatnonzero(row == SYMBOLS.question[0][0])
+        assert len(asks) == questions
+        told, graded = told_in_symbols(row, kind)[0], []
+        for ask, end in zip(asks, [*asks[1:], length], strict=True):
+            of = [tuple(key) for key in row[ask + 1 : ask + 1 + size].reshape(kind.asked, -1)]
+            values = [value for key in of for _, k, value in told if k == key]
+            assert tuple(row[ask + 1 + size : end]) == sum(values, ())
+            graded += range(ask + size, end - 1)
+            keys |= {(row.tobytes(), key) for key in of}
+        assert np.flatnonzero(scored).tolist() == graded
+        assert (answers[graded] == row[1:][graded]).all()
+    if length == 128:
+        assert kind.keys == (3 if kind.values > 1 else 4)  # needles take half of a row at most
+        assert len(keys) > 4 * kind.keys  # of six rows
+        assert batch.scored.sum() > 6 * 24
+
+
+def test_rows_that_choose_and_report_have_lengths_of_their_own():
+    task = needle_mixture.mixture(
+        needle.SIX, dict.fromkeys(("train", "validation", "test"), SYMBOLS)
+    )
+    for draw in (task.validation, task.test):
+        assert draw is not None
+        batch = draw(np.random.default_rng(0), 48, 40, 128)
+        ends = [np.flatnonzero(row)[-1] + 2 for row in batch.scored]
+        assert len({*ends}) > 20
+        assert {*batch.scored.sum(1)} == {2, 4, 8}  # none is a drill
+
+
+def test_the_longest_rows_are_drawn_before_anything_is_trained():
+    grid = needle.Grid(("S-NIAH-2",), (1024, 65_536), (0.5,), 4, 256, 9)
+    with pytest.raises(needle_writing.Refused, match="there must be more than 65"):
+        needle.exam(grid, {"test": BYTES})
+
+
+def test_a_mixture_examines_every_kind_and_trains_on_one_a_batch(monkeypatch):
+    monkeypatch.setattr(needle_mixture, "DRILLS", 0.0)
     names = ("S-NIAH-3", "MQ-NIAH")
-    task = needle_tasks.mixture(names, dict.fromkeys(("train", "validation", "test"), SYMBOLS))
+    task = needle_mixture.mixture(names, dict.fromkeys(("train", "validation", "test"), SYMBOLS))
     counts = lambda batch: {*batch.scored.sum(1).astype(int)}
     whole = {4, 8}  # one uuid of four; four numbers of two
     assert task.validation is not None
@@ -188,6 +241,15 @@ def test_reading_in_pieces_is_reading_whole_rows(trained):
     np.testing.assert_allclose(lost, scores.loss, atol=1e-5)
 
 
+def test_scores_that_are_not_finite_are_never_right(trained):
+    config, weights = trained
+    batch = compose(KINDS["S-NIAH-1"], SYMBOLS, np.random.default_rng(0), 5, 100).batch
+    none = Batch(batch.tokens, np.zeros_like(batch.answers), batch.scored)  # the first symbol
+    lost = jax.tree.map(lambda leaf: jnp.nan * leaf, weights)
+    (whole,) = sequence_reading.read(config, lost, [none], capacity=100)
+    assert not whole.right.any()
+
+
 def test_a_piece_may_be_left(trained):
     config, weights = trained
     batch = compose(KINDS["S-NIAH-1"], SYMBOLS, np.random.default_rng(0), 5, 100).batch
@@ -203,7 +265,7 @@ def test_a_piece_may_be_left(trained):
 
 def test_the_grid_is_examined_cell_by_cell(monkeypatch):
     """A model that knows the values but at the start of a row; groups of rows as of one."""
-    grid = needle.Grid(("S-NIAH-2", "MQ-NIAH"), (64, 96), (0.0, 1.0), 3, 16)
+    grid = needle.Grid(("S-NIAH-2", "MQ-NIAH"), (64, 96), (0.0, 1.0), 3, 16, 64)
     seen = []
 
     def read(model, weights, pieces, *, capacity, leave):
@@ -217,14 +279,19 @@ def test_the_grid_is_examined_cell_by_cell(monkeypatch):
 
     monkeypatch.setattr(needle, "read", read)
     monkeypatch.setattr(needle, "AT_ONCE", 4 * 64)
-    found = needle.examine(grid, SYMBOLS, None, None, lambda: None)  # type: ignore[arg-type]
+    of = lambda mixer: nn.ModelConfig(mixer=mixer, **SMALL)
+    found = needle.examine(grid, SYMBOLS, of("deltanet"), None, lambda: None)
     assert found["right"]["S-NIAH-2"] == {n: [[0.0, 1.0], [1.0, 1.0]] for n in ("64", "96")}
     assert [*found["right"]] == [*found["chance"]] == list(grid.kinds)
     assert {*seen} == {(4, 64), (2, 96)}  # six rows of a cell; 256 symbols at once
+    attends = needle.examine(grid, SYMBOLS, of("attention"), None, lambda: None)["right"]
+    assert attends["MQ-NIAH"] == {"64": found["right"]["MQ-NIAH"]["64"]}
 
 
 def record(share):
     right = {"S-NIAH-1": {"128": [[1.0] * 5] * 3, "4096": [[share, 1.0, 1.0, 1.0, 1.0]] * 3}}
+    if share is None:  # short rows alone
+        del right["S-NIAH-1"]["4096"]
     exam = {"right": right, "chance": {"S-NIAH-1": 0.01}}
     bins = {"trained": {"rows": [1.0] * 3, "tokens": [1.0] * 3, "loss": [0.0] * 3}}
     found = {"validation": 1.0, "validations": [1.0] * 3, **bins}
@@ -233,23 +300,24 @@ def record(share):
 
 def test_tables_and_maps_show_lengths_depths_and_the_paper(tmp_path):
     plan = {"bins": {"trained": (1, 2)}, "stages": [[0, 128]], "tested": 9}
-    models = {"hope": record(0.5), "titans": record(0.0)}
-    results = {needle.TASK: {"plan": plan, "chance": {"trained": 0.1}, "models": models}}
-    text = needle.shown(results)
+    models = {"hope": record(0.5), "transformer": record(None), "titans": record(0.0)}
+    results = {needle_table.TASK: {"plan": plan, "chance": {"trained": 0.1}, "models": models}}
+    text = needle_table.shown(results)
     assert "| hope | 100 | 90 [100] |" in text
     assert "| titans | 100 | 80 [100] |" in text
+    assert "| transformer | 100 |  |" in text
     assert "| *each symbol drawn* | 1 | 1 |" in text
     assert "beyond those trained on: hope 90.0, titans 80.0." in text
-    needle.draw(tmp_path / "map.png", results[needle.TASK])
+    needle_table.draw(tmp_path / "map.png", results[needle_table.TASK])
     assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_bad_input_gets_a_sentence():
     draw = np.random.default_rng(0)
-    with pytest.raises(ValueError, match="`name` is 'NIAH'; it must be one of S-NIAH-1"):
-        needle_tasks.task("NIAH", SYMBOLS)
+    with pytest.raises(ValueError, match="`names` holds 'NIAH'; it must be one of S-NIAH-1"):
+        needle_mixture.mixture(("NIAH",), {"train": SYMBOLS})
     with pytest.raises(ValueError, match="`depth` is 2; it must be from 0 to 1"):
-        needle_tasks.task("S-NIAH-1", SYMBOLS, 2)
+        compose(KINDS["S-NIAH-1"], SYMBOLS, draw, 1, 90, 2)
     with pytest.raises(ValueError, match="`length` is 8; it must be more than 8"):
         compose(KINDS["S-NIAH-1"], SYMBOLS, draw, 1, 8)
     with pytest.raises(ValueError, match="`letters` is 1; it must be an integer >= 2"):
