@@ -1581,8 +1581,8 @@ MUTATIONS = (
     Mutation(
         "the clocks of Hope's levels in continual learning",
         f"{CONTINUAL}_rules.py",
-        "optim.on_clock(rule(choice), clock).update(",
-        "optim.on_clock(rule(choice), Clock(1)).update(",
+        "Level(lambda key: share, write=write, clock=clock)",
+        "Level(lambda key: share, write=write, clock=Clock(1))",
         OF_CONTINUAL,
     ),
     Mutation(
@@ -1608,14 +1608,14 @@ MUTATIONS = (
     ),
     Mutation(
         "half of replay's batch",
-        f"{CONTINUAL}_methods.py",
+        f"{CONTINUAL}_learner.py",
         "half = len(rows) // 2",
         "half = len(rows)",
         OF_CONTINUAL,
     ),
     Mutation(
         "that an examination is among classes seen",
-        f"{CONTINUAL}_methods.py",
+        f"{CONTINUAL}_learner.py",
         "seen = self.seen.copy()",
         "seen = np.ones_like(self.seen)",
         OF_CONTINUAL,
@@ -1630,15 +1630,41 @@ MUTATIONS = (
     Mutation(
         "that a text is trained on or tested on, by its hash",
         f"{CONTINUAL}_tasks.py",
-        """splits[split].setdefault(label, []).append(text)
-    except (OSError, UnicodeDecodeError, KeyError, AttributeError)""",
-        """[s.setdefault(label, []).append(text) for s in splits.values()]
-    except (OSError, UnicodeDecodeError, KeyError, AttributeError)""",
+        'splits["train"][label] = texts[second:]',
+        'splits["train"][label] = texts',
+        OF_STREAMS,
+    ),
+    Mutation(
+        "the clocks of stacked levels in continual learning",
+        f"{CONTINUAL}_rules.py",
+        "                clock=clock,\n",
+        "                clock=clock if clock.period is None else Clock(1),\n",
+        OF_CONTINUAL,
+    ),
+    Mutation(
+        "that what belongs to no level has frequency 0 in stacking",
+        f"{CONTINUAL}_rules.py",
+        '| {"outer": Clock(None)}',
+        '| {"outer": Clock(1)}',
+        OF_CONTINUAL,
+    ),
+    Mutation(
+        "the Gram matrices among the bytes that levels carry",
+        f"{CONTINUAL}_rules.py",
+        "memories = shares, [s.carry for s in memories.states.values()]",
+        "memories = shares",
+        OF_CONTINUAL,
+    ),
+    Mutation(
+        "that Banking77's test rows are never trained on",
+        f"{CONTINUAL}_tasks.py",
+        "[text for text in texts if text not in asked]",
+        "list(texts)",
         OF_STREAMS,
     ),
     Mutation(
         "the order of pixels of a permuted task",
-        f"{CONTINUAL}_tasks.py",
+        f"{CONTINUAL}_digits.py",
         "generator.permutation(64) if n else np.arange(64)",
         "np.arange(64)",
         OF_STREAMS,
