@@ -1635,27 +1635,6 @@ MUTATIONS = (
         OF_STREAMS,
     ),
     Mutation(
-        "the clocks of stacked levels in continual learning",
-        f"{CONTINUAL}_rules.py",
-        "                clock=clock,\n",
-        "                clock=clock if clock.period is None else Clock(1),\n",
-        OF_CONTINUAL,
-    ),
-    Mutation(
-        "that what belongs to no level has frequency 0 in stacking",
-        f"{CONTINUAL}_rules.py",
-        '| {"outer": Clock(None)}',
-        '| {"outer": Clock(1)}',
-        OF_CONTINUAL,
-    ),
-    Mutation(
-        "the Gram matrices among the bytes that levels carry",
-        f"{CONTINUAL}_rules.py",
-        "memories = shares, [s.carry for s in memories.states.values()]",
-        "memories = shares",
-        OF_CONTINUAL,
-    ),
-    Mutation(
         "that Banking77's test rows are never trained on",
         f"{CONTINUAL}_tasks.py",
         "[text for text in texts if text not in asked]",
