@@ -47,7 +47,7 @@ no share begins anew: what a level remembers of its keys fades). It departs from
   wrote the last alone at 77.8.)
 - At the end of its period a level writes the mean gradient of the task's loss by `least_squares`:
   the step is small along keys that were often seen and goes where they are new, so a class is
-  written without writing over others. The loss is linear in nothing but these values, so this is
+  written without writing over others. Scores of classes are linear in these values, so this is
   close to what analytic class-incremental learning solves in closed form (Zhuang et al., 2022).
 - Each level remembers its keys for `horizon` firings, one number for all: the fastest for that many
   steps, the next for 4 times, the slowest for 16 times as many.
