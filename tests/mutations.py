@@ -1679,8 +1679,8 @@ MUTATIONS = (
     Mutation(
         "the clocks of Hope's levels in continual learning",
         f"{CONTINUAL}_rules.py",
-        "optim.on_clock(rule(choice), clock).update(",
-        "optim.on_clock(rule(choice), Clock(1)).update(",
+        "Level(lambda key: share, write=write, clock=clock)",
+        "Level(lambda key: share, write=write, clock=Clock(1))",
         OF_CONTINUAL,
     ),
     Mutation(
@@ -1706,14 +1706,14 @@ MUTATIONS = (
     ),
     Mutation(
         "half of replay's batch",
-        f"{CONTINUAL}_methods.py",
+        f"{CONTINUAL}_learner.py",
         "half = len(rows) // 2",
         "half = len(rows)",
         OF_CONTINUAL,
     ),
     Mutation(
         "that an examination is among classes seen",
-        f"{CONTINUAL}_methods.py",
+        f"{CONTINUAL}_learner.py",
         "seen = self.seen.copy()",
         "seen = np.ones_like(self.seen)",
         OF_CONTINUAL,
@@ -1728,15 +1728,20 @@ MUTATIONS = (
     Mutation(
         "that a text is trained on or tested on, by its hash",
         f"{CONTINUAL}_tasks.py",
-        """splits[split].setdefault(label, []).append(text)
-    except (OSError, UnicodeDecodeError, KeyError, AttributeError)""",
-        """[s.setdefault(label, []).append(text) for s in splits.values()]
-    except (OSError, UnicodeDecodeError, KeyError, AttributeError)""",
+        'splits["train"][label] = texts[second:]',
+        'splits["train"][label] = texts',
+        OF_STREAMS,
+    ),
+    Mutation(
+        "that Banking77's test rows are never trained on",
+        f"{CONTINUAL}_tasks.py",
+        "[text for text in texts if text not in asked]",
+        "list(texts)",
         OF_STREAMS,
     ),
     Mutation(
         "the order of pixels of a permuted task",
-        f"{CONTINUAL}_tasks.py",
+        f"{CONTINUAL}_digits.py",
         "generator.permutation(64) if n else np.arange(64)",
         "np.arange(64)",
         OF_STREAMS,

@@ -44,8 +44,12 @@ def domains(
       generator: draws.
 
     Raises:
-      Refused: a path without text, or a text shorter than a window in some split.
+      Refused: a path without text, two of one name, or a text shorter than a window in a split.
     """
+    if len({path.name for path in paths}) < len(paths):
+        raise Refused(
+            f"`domains` holds {', '.join(p.name for p in paths)}; no two may have the same name."
+        )
     texts = {p.name: _joined(p) for p in paths} if paths else _own_domains(generator)
     names = list(texts)
 
@@ -129,7 +133,7 @@ def _table(path: pathlib.Path, columns: tuple[str, str]) -> list[Pair]:
     try:
         with open(path, newline="", encoding="utf-8") as stream:
             return [(line[columns[0]], line[columns[1]]) for line in csv.DictReader(stream)]
-    except (OSError, UnicodeDecodeError, KeyError) as error:
+    except (OSError, UnicodeDecodeError, csv.Error, KeyError) as error:
         raise Refused(
             f"{path} must be a CSV file in UTF-8 with the columns {' and '.join(columns)} "
             f"({type(error).__name__}: {error})."
@@ -198,6 +202,8 @@ def translation(
     if after_another:
         other = lambda pairs: [p for _, e in pairs if fits(p := (made_up(e), e))]
         own = {split: other(pairs) for split, pairs in parts.items()}
+        known = set(own["train"])  # two sentences may have one translation
+        own |= {s: [p for p in own[s] if p not in known] for s in ("validation", "test")}
         stages.insert(0, stage("made-up", own, other(words)))
     return Scenario("translation", tuple(stages))
 

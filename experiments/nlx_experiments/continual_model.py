@@ -42,22 +42,23 @@ class Reader(nnx.Module):
         self.classes = parameter(unit, ("embed", None))
 
     def mix(self, tokens: Int[Array, "b t"]) -> tuple[Float[Array, "b t d"], Keys]:
-        """As the model's `embed` and `mix`, and what every MLP reads its values by.
+        """As the model's `embed` and `mix`, and what the last layer's MLP reads its values by.
 
-        Keys are the hidden activations, "<layer>" -> [b, t, units]: the MLP's output is their
-        product with its last matrix, the values.
+        Keys are its hidden activations, "<layer>" -> [b, t, units]: the MLP's output is their
+        product with its last matrix, the values. None where that layer is of several levels.
         """
-        keys: Keys = {}
         x = self.model.embed(tokens)
-        for place, block in enumerate(self.model.blocks):
-            y, _ = block.mixer(block.norm(x), None, None)
-            x = x + y
-            level: Any = block.feed_forward.levels[0]
-            z = level.norm(x)
-            hidden = jax.nn.silu(level.mlp.gate(z)) * level.mlp.up(z)
-            keys[str(place)] = hidden
-            x = x + level.mlp.down(hidden)
-        return x, keys
+        *before, last = self.model.blocks
+        for block in before:
+            x, _ = block(x, None, None)
+        if len(last.feed_forward.levels) > 1:
+            return last(x, None, None)[0], {}
+        y, _ = last.mixer(last.norm(x), None, None)
+        x = x + y
+        level: Any = last.feed_forward.levels[0]
+        z = level.norm(x)
+        hidden = jax.nn.silu(level.mlp.gate(z)) * level.mlp.up(z)
+        return x + level.mlp.down(hidden), {str(len(before)): hidden}
 
     def class_scores(self, x: Float[Array, "b t d"], tokens: Int[Array, "b t"]) -> Array:
         """[b, classes]. x: of `mix`. tokens: bytes; 0 is none and counts for nothing."""

@@ -10,8 +10,11 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from nlx import optim
+from nlx import nn, writes
 from nlx.clock import Clock
+from nlx.level import Level, LevelState
+from nlx.nest import Nest
+from nlx.nn.model import by_level
 from nlx_experiments.continual_model import Reader, mean_over
 from nlx_experiments.continual_tasks import Kind
 from nlx_experiments.continual_write import Pair, least_squares
@@ -29,8 +32,8 @@ class Batch(NamedTuple):
 def task_loss(reader: Reader, batch: Batch, kind: Kind) -> tuple[Float[Array, ""], Any]:
     """Cross-entropy in nats: of a row's class among those seen, or of a scored byte; and keys.
 
-    Keys are what every level's values were read by: [n, units], the mean over a row's bytes where a
-    row has one answer; at bytes that are not scored they are 0.
+    Keys are what the last layer's values were read by: [n, units], the mean over a row's bytes
+    where a row has one answer; at bytes that are not scored they are 0.
     """
     if kind == "classes":
         x, keys = reader.mix(batch.tokens)
@@ -75,18 +78,17 @@ def examinations(graph: nnx.GraphDef, kind: Kind) -> dict[str, Any]:
 class Whole(NamedTuple):
     """Memories of methods that train all parameters."""
 
-    adam: Any
+    rule: Any  # of Adam
     fisher: Any  # sum over tasks of F
     anchor: Any  # sum over tasks of F p*
 
 
 def whole(graph: nnx.GraphDef, kind: Kind) -> dict[str, Any]:
     """begin, step and remember of fine-tuning, EWC and replay."""
-    rule = optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam(b2=0.99))
 
     def begin(params: Any) -> Whole:
         none = jax.tree.map(jnp.zeros_like, params)
-        return Whole(rule.init(params), none, none)
+        return Whole(adam(0.0).init(params), none, none)
 
     def step(params: Any, memories: Whole, batch: Batch, choice: Mapping[str, Array]):
         def loss(params):
@@ -95,10 +97,8 @@ def whole(graph: nnx.GraphDef, kind: Kind) -> dict[str, Any]:
                 return lost
             return lost + choice["strength"] * penalty(params, memories)
 
-        gradients = jax.grad(loss)(params)
-        moved, adam = rule.update(gradients, memories.adam, params)
-        params = jax.tree.map(lambda p, m: p - choice["rate"] * m, params, moved)
-        return params, memories._replace(adam=adam)
+        moved, rule = adam(choice["rate"]).update(jax.grad(loss)(params), memories.rule, params)
+        return optax.apply_updates(params, moved), memories._replace(rule=rule)
 
     def remember(params: Any, memories: Whole, batch: Batch, key: Array) -> Whole:
         found = fisher(graph, params, batch, key, kind)
@@ -152,52 +152,129 @@ def fisher(graph: nnx.GraphDef, params: Any, batch: Batch, key: Array, kind: Kin
     return jax.tree.map(lambda x: x / len(batch.tokens), total)
 
 
-def hope(
-    graph: nnx.GraphDef, kind: Kind, clocks: Sequence[Clock], adam: bool = False
-) -> dict[str, Any]:
-    """begin and step of levels on their clocks; nothing else ever moves.
+def adam(rate: float | Float[Array, ""]) -> optax.GradientTransformation:
+    """What a level writes by, and what `whole` moves all parameters by."""
+    scale = optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam(b2=0.99))
+    return optax.chain(scale, optax.stateless(lambda u, _: jax.tree.map(lambda x: -rate * x, u)))
 
-    The values in use are what was given plus what every level wrote: theta = sum_m theta^(m). One
-    gradient serves all levels, as in the nested variant of `nlx.nn.CMS`.
 
-    clocks: of the levels, fast to slow. adam: what they write by, in place of `least_squares`.
+class Stacked(NamedTuple):
+    """Memories of levels of MLPs."""
+
+    carries: dict[str, Any]  # of every level's write
+    tick: Int[Array, ""]  # steps taken
+
+
+def stacked(graph: nnx.GraphDef, kind: Kind) -> dict[str, Any]:
+    """begin and step of a model whose MLPs are levels on clocks (`nn.from_pretrained_mlps`).
+
+    As a nest: one level for each label of `nn.labels_by_level`, under the task's loss; at the end
+    of its period each moves all that it holds by Adam on the mean gradient (Eq. 71). What belongs
+    to no level, "outer", has frequency 0.
     """
 
-    def rule(choice: Mapping[str, Any]) -> optax.GradientTransformation:
-        if adam:
-            scale = optax.scale_by_adam(b2=0.99)
-            return optax.chain(scale, optax.scale(-1.0), _times(choice["rate"]))
-        return least_squares(choice["rate"], choice["horizon"])
+    def levels_of(params: Any, rate: Any):
+        graph_of_parts, parts, join = by_level(nnx.merge(graph, params))
 
-    def begin(params: Any) -> list[Any]:
-        start = rule({"rate": 0.0, "horizon": 1.0})
-        none = lambda w: Pair(jnp.zeros_like(w), jnp.zeros((len(w), len(w)), w.dtype))
-        shares = {name: none(w) for name, w in values_of(params).items()}
-        return [optim.on_clock(start, clock).init(shares) for clock in clocks]
+        def loss(parts: Mapping[str, Any], batch: Batch):
+            return task_loss(nnx.merge(graph_of_parts, join(parts)), batch, kind)[0]
 
-    def step(params: Any, memories: list[Any], batch: Batch, choice: Mapping[str, Array]):
-        values = values_of(params)
+        clocks = nn.clocks_by_level(nnx.merge(graph, params)) | {"outer": Clock(None)}
+        levels = {
+            name: Level(
+                lambda key, name=name: parts[name],
+                write=None if clock.period is None else writes.summed(adam(rate)),
+                clock=clock,
+            )
+            for name, clock in clocks.items()
+        }
+        return Nest(levels, lambda parts, batch: ((), {}), loss), parts, join
 
-        def loss(values):
-            return task_loss(nnx.merge(graph, holding(params, values)), batch, kind)
+    def begin(params: Any) -> Stacked:
+        nest, parts, _ = levels_of(params, jnp.float32(0))
+        return Stacked({n: s.carry for n, s in nest.start(parts).items()}, jnp.int32(0))
 
-        gradients, keys = jax.grad(loss, has_aux=True)(values)
-        read = len(batch.tokens) if kind == "classes" else jnp.sum(batch.scored[:, 1:])
-        gram = lambda name: keys[name].T @ keys[name] / jnp.maximum(read, 1)
-        given: Any = {name: Pair(gradients[name], gram(name)) for name in values}
-        kept = []
-        for clock, memory in zip(clocks, memories, strict=True):
-            moved: Any
-            moved, memory = optim.on_clock(rule(choice), clock).update(given, memory)
-            values = {name: w + moved[name].values for name, w in values.items()}
-            kept.append(memory)
-        return holding(params, values), kept
+    def step(params: Any, memories: Stacked, batch: Batch, choice: Mapping[str, Array]):
+        nest, parts, join = levels_of(params, choice["rate"])
+        states = {n: LevelState(parts[n], memories.carries[n], memories.tick) for n in parts}
+        states, _ = nest.step(states, batch)
+        params = join({name: state.params for name, state in states.items()})
+        carries = {name: state.carry for name, state in states.items()}
+        return params, Stacked(carries, memories.tick + 1)
 
     return {"begin": begin, "step": jax.jit(step)}
 
 
-def _times(rate: Any) -> optax.GradientTransformation:
-    return optax.stateless(lambda updates, _: jax.tree.map(lambda u: rate * u, updates))
+class Shares(NamedTuple):
+    """Memories of levels that share the values of one layer."""
+
+    given: dict[str, Float[Array, "i o"]]  # the values that were pretrained
+    states: dict[str, LevelState]  # by level; params: what it adds, as `Pair`s
+
+
+def shared(
+    graph: nnx.GraphDef, kind: Kind, clocks: Sequence[Clock], by_adam: bool = False
+) -> dict[str, Any]:
+    """begin and step of levels that all add to the last layer's values; nothing else ever moves.
+
+    As a nest under the task's loss: the values in use are what was given plus what every level
+    wrote, theta = sum_m theta^(m). A level's share is a `Pair`, whose Gram matrix stays 0: it is a
+    tap, which has the keys' Gram matrix for its gradient.
+
+    clocks: of the levels, fast to slow. by_adam: what they write by, in place of `least_squares`.
+    """
+
+    def nest_of(params: Any, given: Mapping[str, Array], choice: Mapping[str, Any]) -> Nest:
+        def loss(shares: Mapping[str, Mapping[str, Pair]], batch: Batch):
+            values = {n: sum((s[n].values for s in shares.values()), w) for n, w in given.items()}
+            lost, keys = task_loss(nnx.merge(graph, holding(params, values)), batch, kind)
+            if by_adam:
+                return lost
+            read = len(batch.tokens) if kind == "classes" else jnp.sum(batch.scored[:, 1:])
+            for n, k in jax.lax.stop_gradient(keys).items():
+                gram = k.T @ k / jnp.maximum(read, 1)
+                lost = lost + sum(jnp.sum(gram * share[n].gram) for share in shares.values())
+            return lost
+
+        units = lambda w: 0 if by_adam else len(w)
+        none = lambda w: Pair(jnp.zeros_like(w), jnp.zeros((units(w), units(w)), w.dtype))
+        share = {name: none(w) for name, w in given.items()}
+        own = adam if by_adam else lambda rate: least_squares(rate, choice["horizon"])
+        write = writes.summed(own(choice["rate"]))
+        levels = {
+            f"level_{n}": Level(lambda key: share, write=write, clock=clock)
+            for n, clock in enumerate(clocks)
+        }
+        return Nest(levels, lambda shares, batch: ((), {}), loss)
+
+    def begin(params: Any) -> Shares:
+        given = values_of(params)
+        nest = nest_of(params, given, {"rate": jnp.float32(0), "horizon": jnp.float32(1)})
+        return Shares(given, nest.start(nest.init(jax.random.key(0)), jnp.int32(0)))
+
+    def step(params: Any, memories: Shares, batch: Batch, choice: Mapping[str, Array]):
+        given, states = memories
+        states, _ = nest_of(params, given, choice).step(states, batch)
+        total = lambda n, w: sum((s.params[n].values for s in states.values()), w)
+        values = {name: total(name, w) for name, w in given.items()}
+        return holding(params, values), Shares(given, states)
+
+    return {"begin": begin, "step": jax.jit(step)}
+
+
+def carried(memories: Any, penalty: bool = False) -> int:
+    """Bytes that a method takes from task to task beside the parameters in use.
+
+    Where all parameters learn, Adam's memories, and with a penalty its two sums; of levels what
+    their writes carry, sums that wait for a firing among it, and their shares. Taps count for
+    nothing: they are always 0.
+    """
+    if isinstance(memories, Whole) and not penalty:
+        memories = memories.rule
+    if isinstance(memories, Shares):
+        shares = [[p.values for p in s.params.values()] for s in memories.states.values()]
+        memories = shares, [s.carry for s in memories.states.values()]
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(memories))
 
 
 def values_of(params: nnx.State) -> dict[str, Float[Array, "i o"]]:

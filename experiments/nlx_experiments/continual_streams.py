@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from nlx_experiments import continual_digits as pictures
 from nlx_experiments import continual_language as language
 from nlx_experiments import continual_tasks as tasks
 from nlx_experiments.continual_methods import Plan
@@ -28,7 +29,7 @@ class Row(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Continual(Options):
-    """Streams of tasks, eight ways to learn them."""
+    """Streams of tasks, twelve ways to learn them."""
 
     runs: pathlib.Path = pathlib.Path("runs/continual")
     seeds: int = 3
@@ -36,7 +37,7 @@ class Continual(Options):
     clinc: pathlib.Path | None = None
     """CLINC150's data_full.json; under NLX_DATA by default."""
     banking: pathlib.Path | None = None
-    """Banking77's train.csv, or its folder; under NLX_DATA by default."""
+    """Folder of Banking77's train.csv and test.csv; under NLX_DATA by default."""
     kalamang: pathlib.Path | None = None
     """Folder of the dictionary's tables; under NLX_DATA by default."""
     file: pathlib.Path | None = None
@@ -89,9 +90,9 @@ def full(options: Continual, large: bool = False) -> dict[str, Row]:
         "clinc150": Row(clinc, plan, many(3), True, told),
         "banking77": Row(banking, plan, many(1), False, told),
         "file": Row(file, plan, many(1), False, f"{told} {options.classes}"),
-        "digits": Row(functools.partial(tasks.digits, each), plan, many(3), True, f"{each}"),
+        "digits": Row(functools.partial(pictures.digits, each), plan, many(3), True, f"{each}"),
         "permuted digits": Row(
-            functools.partial(tasks.permuted_digits, orders, all_ten),
+            functools.partial(pictures.permuted_digits, orders, all_ten),
             plan._replace(epochs=2), many(1), False, f"{all_ten} {orders}",
         ),
         "domains": Row(
@@ -112,5 +113,5 @@ def full(options: Continual, large: bool = False) -> dict[str, Row]:
 def tiny() -> dict[str, Row]:
     """Digits two at a time, a few of each."""
     counts = dict(train=4, validation=2, test=2)
-    made = functools.partial(tasks.digits, counts)
+    made = functools.partial(pictures.digits, counts)
     return {"digits": Row(made, Plan(batch=4, epochs=1, kept=1), 1, False, "tiny")}

@@ -14,7 +14,8 @@ from nlx_experiments import report
 COLUMNS = (
     "final", "average", "learned", "forgetting", "backward", "forward", "plasticity",
 )  # fmt: skip
-FT, EWC, HOPE = "fine-tuning", "ewc", "hope, {} level{}"
+FT, EWC = "fine-tuning", "ewc"
+HOPE, SQUARES = "hope, {} level{}", "least squares, {} level{}"
 Results = Mapping[str, Mapping[str, Any]]
 
 
@@ -46,7 +47,9 @@ def shown(results: Results, skipped: Mapping[str, str], name: str) -> str:
     parts = [
         "In percent, mean of the seeds (lowest to highest). `learned`: just after each task; "
         "`plasticity`: that of the last fifth of tasks less that of the first; the others as "
-        "`continual_metrics.py` defines them. Of domains: bytes foretold right; of languages: chrF."
+        "`continual_metrics.py` defines them. `KiB`: carried from task to task beside the "
+        "parameters in use, at the end. `hope` is the paper's stacking, `least squares` is not "
+        "(`continual_methods.py`). Of domains: bytes foretold right; of languages: chrF."
     ]
     for scenario, found in results.items():
         some = next(iter(found.values()))["seeds"]
@@ -57,9 +60,10 @@ def shown(results: Results, skipped: Mapping[str, str], name: str) -> str:
         if within < 1:
             guess = {"final": after, "learned": within}
             told = (f"{100 * guess[c]:.1f}" if c in guess else "" for c in COLUMNS)
-            lines.append(("*chance (learned: among the task's classes)*", *told, ""))
-        parts.append(report.Table("", ["method", *COLUMNS, "settings"], lines).markdown())
-        parts += verdict(found) + control(found)
+            lines.append(("*chance (learned: among the task's classes)*", *told, "", ""))
+        columns = ["method", *COLUMNS, "KiB", "settings"]
+        parts.append(report.Table("", columns, lines).markdown())
+        parts += verdict(found, HOPE) + verdict(found, SQUARES) + control(found)
         stem = f"results/{name}-{scenario.replace(' ', '-')}"
         parts.append(f"![examined against learned]({stem}.png)")
         if len(some[0]["stages"]) >= 20:
@@ -76,7 +80,8 @@ def shown(results: Results, skipped: Mapping[str, str], name: str) -> str:
 def _line(method: str, entry: Mapping[str, Any]) -> tuple[str, ...]:
     found = summaries(entry)
     told = (interval([s[column] for s in found]) for column in COLUMNS)
-    return (method, *told, settings(entry["seeds"][0]["choice"]))
+    size = f"{max(record['carried'] for record in entry['seeds']) / 1024:,.0f}"
+    return (method, *told, size, settings(entry["seeds"][0]["choice"]))
 
 
 def settings(choice: Mapping[str, float]) -> str:
@@ -97,35 +102,38 @@ def grid(results: Results) -> str:
     return report.Table("", ["stream", "method", "settings", "validation"], lines).markdown()
 
 
-def verdict(found: Mapping[str, Any]) -> list[str]:
-    """What was to be shown of Hope against fine-tuning and EWC, seed for seed; "" where unknown."""
-    three = HOPE.format(3, "s")
+def verdict(found: Mapping[str, Any], levels: str = HOPE) -> list[str]:
+    """What was to be shown against fine-tuning and EWC; nothing where one of them did not run.
+
+    levels: HOPE, or SQUARES. What a further level brings is taken seed for seed.
+    """
+    three = levels.format(3, "s")
     if not {FT, EWC, three} <= found.keys():
         return []
     mean = lambda method, what: statistics.fmean(s[what] for s in summaries(found[method]))
     lost, plain = mean(three, "forgetting"), mean(FT, "forgetting")
     lines = [
-        (lost <= plain / 2, f"3 levels forget {100 * lost:.1f}, fine-tuning {100 * plain:.1f}"),
+        (lost <= plain / 2, f"{three} forget {100 * lost:.1f}, fine-tuning {100 * plain:.1f}"),
         (
             mean(three, "final") > max(mean(FT, "final"), mean(EWC, "final")),
-            f"3 levels end at {100 * mean(three, 'final'):.1f}, fine-tuning at "
+            f"{three} end at {100 * mean(three, 'final'):.1f}, fine-tuning at "
             f"{100 * mean(FT, 'final'):.1f}, EWC at {100 * mean(EWC, 'final'):.1f}",
         ),
         (
             mean(three, "learned") >= mean(FT, "learned") - 0.05,
-            f"just after each task {100 * mean(three, 'learned'):.1f} against "
+            f"{three} just after each task {100 * mean(three, 'learned'):.1f} against "
             f"{100 * mean(FT, 'learned'):.1f}",
         ),
     ]
     for less in (1, 2):
-        fewer, more = HOPE.format(less, "s" * (less > 1)), HOPE.format(less + 1, "s")
+        fewer, more = levels.format(less, "s" * (less > 1)), levels.format(less + 1, "s")
         if not {fewer, more} <= found.keys():
             continue
         pairs = zip(summaries(found[fewer]), summaries(found[more]), strict=False)
         gains = [b["final"] - a["final"] for a, b in pairs]
         error = statistics.stdev(gains) / len(gains) ** 0.5 if len(gains) > 1 else 0.0
         gain = statistics.fmean(gains)
-        said = f"level {less + 1} brings {100 * gain:+.1f} at the end, standard error "
+        said = f"{more} after {less} bring {100 * gain:+.1f} at the end, standard error "
         said += f"{100 * error:.1f}"
         lines.append((gain >= -error, said))
     return ["\n".join(f"* {'Shown' if holds else 'Not shown'}: {said}." for holds, said in lines)]

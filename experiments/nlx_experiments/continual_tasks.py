@@ -186,12 +186,12 @@ def clinc(
     Raises Refused for a file of another form.
     """
     path = path / "data_full.json" if path.is_dir() else path
-    splits: dict[str, dict[str, list[str]]] = {}
+    splits: dict[str, dict[str, list[str]]] = {"train": {}, "validation": {}, "test": {}}
     try:
         held = json.loads(path.read_text())
         for name, key in (("train", "train"), ("validation", "val"), ("test", "test")):
             for text, label in held[key]:
-                splits.setdefault(name, {}).setdefault(label, []).append(text)
+                splits[name].setdefault(label, []).append(text)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise Refused(
             f"{path} must be CLINC150's data_full.json: an object whose `train`, `val` and `test` "
@@ -199,6 +199,23 @@ def clinc(
         ) from error
     tasks = {name: intents.split() for name, intents in DOMAINS.items()}
     return by_class(splits, tasks, counts, length, generator)
+
+
+def _lines(path: pathlib.Path) -> dict[str, list[str]]:
+    """label -> its texts, each once, by their hashes."""
+    found: dict[str, set[str]] = {}
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as stream:
+            for line in csv.DictReader(stream):
+                label = line["label" if "label" in line else "category"].strip()
+                found.setdefault(label, set()).add(line["text"])
+        order = lambda text: hashlib.sha256(text.encode()).digest()
+        return {label: sorted(texts, key=order) for label, texts in found.items()}
+    except (OSError, UnicodeDecodeError, csv.Error, KeyError, AttributeError) as error:
+        raise Refused(
+            f"{path} must be a CSV file in UTF-8 with the columns text and label (or category) "
+            f"({type(error).__name__}: {error})."
+        ) from error
 
 
 def labelled_file(
@@ -210,28 +227,28 @@ def labelled_file(
 ) -> Scenario:
     """A CSV file with the columns text and label (Banking77: text, category), cut into tasks.
 
-    A text's hash decides whether it is trained on (7 of 10), validated on (1) or tested on (2), for
-    ever. Labels are shuffled, then dealt to tasks.
+    Of each class a tenth of the texts is validated on, two tenths are tested on, at least one each;
+    which ones, their hashes decide. Of Banking77's folder those of test.csv are tested on, and of
+    train.csv the others. Labels are shuffled, then dealt to tasks.
 
-    path: the file, or Banking77's folder: its train.csv. classes: of each task, >= 1; the last has
-    what is left over. Others: as of `by_class`. Raises Refused for a file of another form.
+    path: the file, or the folder of Banking77's train.csv and test.csv. classes: of each task,
+    >= 1; the last has what is left over. Others: as of `by_class`. Raises Refused for a file of
+    another form.
     """
     if classes < 1:
         raise ValueError(f"`classes` is {classes}; it must be an integer >= 1.")
+    tested = path / "test.csv"
+    told = _lines(tested) if path.is_dir() and tested.exists() else {}
     path = path / "train.csv" if path.is_dir() else path
+    asked = {text for texts in told.values() for text in texts}
     splits: dict[str, dict[str, list[str]]] = {"train": {}, "validation": {}, "test": {}}
-    try:
-        with open(path, newline="", encoding="utf-8") as stream:
-            for line in csv.DictReader(stream):
-                text, label = line["text"], line["label" if "label" in line else "category"]
-                share = hashlib.sha256(text.encode()).digest()[0] / 25.6
-                split = "train" if share < 7 else "validation" if share < 8 else "test"
-                splits[split].setdefault(label, []).append(text)
-    except (OSError, UnicodeDecodeError, KeyError, AttributeError) as error:
-        raise Refused(
-            f"{path} must be a CSV file in UTF-8 with the columns text and label (or category) "
-            f"({type(error).__name__}: {error})."
-        ) from error
+    for label, texts in _lines(path).items():
+        texts = [text for text in texts if text not in asked]
+        first = 0 if told else max(1, len(texts) * 2 // 10)
+        second = first + max(1, len(texts) // 10)
+        splits["test"][label] = texts[:first] or told.get(label, [])
+        splits["validation"][label] = texts[first:second]
+        splits["train"][label] = texts[second:]
     labels = sorted({label for held in splits.values() for label in held})
     if not labels:
         raise Refused(f"{path} holds no line below its header.")
@@ -239,71 +256,6 @@ def labelled_file(
     parts = [labels[n : n + classes] for n in range(0, len(labels), classes)]
     tasks = {f"task {n + 1}": part for n, part in enumerate(parts)}
     return by_class(splits, tasks, counts, length, generator)
-
-
-def _digits() -> tuple[Int[np.ndarray, "n 64"], Int[np.ndarray, " n"]]:
-    """Scikit-learn's 1,797 images of 8 x 8 pixels, as bytes 1 + gray in [1, 17], and digits."""
-    from sklearn.datasets import load_digits
-
-    images, labels = load_digits(return_X_y=True)
-    return 1 + np.asarray(images, np.int32), np.asarray(labels, np.int32)
-
-
-def _parts(generator: np.random.Generator, count: int) -> dict[str, Int[np.ndarray, " m"]]:
-    """Seven tenths, one and two of the places of `count` things."""
-    order = generator.permutation(count)
-    ends = [0, count * 7 // 10, count * 8 // 10, count]
-    names = ("train", "validation", "test")
-    return {n: order[a:b] for n, a, b in zip(names, ends[:-1], ends[1:], strict=True)}
-
-
-def digits(counts: Mapping[str, int], generator: np.random.Generator) -> Scenario:
-    """Digits, two at a time: five tasks, in an order that is drawn.
-
-    counts: split -> images of each digit at most. generator: draws.
-    Source: Zenke et al. (2017), Continual Learning Through Synaptic Intelligence (split MNIST), on
-    scikit-learn's smaller images.
-    """
-    images, labels = _digits()
-    order = generator.permutation(10)
-    parts = {
-        d: {s: p[: counts[s]] for s, p in _parts(generator, int((labels == d).sum())).items()}
-        for d in range(10)
-    }
-
-    def rows(split: str, pair: Int[np.ndarray, " p"]) -> Rows:
-        places = np.concatenate([np.flatnonzero(labels == d)[parts[d][split]] for d in pair])
-        return labelled(images[places], labels[places])
-
-    stages = [
-        Stage(
-            f"{pair[0]} and {pair[1]}",
-            *(rows(split, pair) for split in ("train", "validation", "test")),
-            classes=tuple(map(int, pair)),
-        )
-        for pair in order.reshape(5, 2)
-    ]
-    return Scenario("classes", tuple(stages), tuple(map(str, range(10))))
-
-
-def permuted_digits(
-    tasks: int, counts: Mapping[str, int], generator: np.random.Generator
-) -> Scenario:
-    """All ten digits in every task, the pixels in an order of its own; the first as they are.
-
-    tasks: how many, >= 1. counts: split -> images in all at most. generator: draws.
-    Source: Kirkpatrick et al. (2017), section 2.1; Dohare et al. (2024), online permuted MNIST.
-    """
-    if tasks < 1:
-        raise ValueError(f"`tasks` is {tasks}; it must be an integer >= 1.")
-    images, labels = _digits()
-    parts = {s: places[: counts[s]] for s, places in _parts(generator, len(labels)).items()}
-    stages = []
-    for n in range(tasks):
-        order = generator.permutation(64) if n else np.arange(64)
-        rows = [labelled(images[places][:, order], labels[places]) for places in parts.values()]
-        stages.append(Stage(f"order {n + 1}", *rows, classes=tuple(range(10))))
-    return Scenario("classes", tuple(stages), tuple(map(str, range(10))))
 
 
 def shuffled(scenario: Scenario, generator: np.random.Generator) -> Scenario:

@@ -6,6 +6,7 @@ import pathlib
 
 import numpy as np
 import pytest
+from nlx_experiments import continual_digits as pictures
 from nlx_experiments import continual_language as language
 from nlx_experiments import continual_tasks as tasks
 from nlx_experiments.errors import Refused
@@ -60,7 +61,7 @@ def test_the_domains_are_those_of_the_real_file():
 def test_a_file_of_texts_and_labels_is_cut_into_tasks_and_never_leaks(tmp_path):
     path = tmp_path / "mine.csv"
     lines = [f'"text {n}, {c}",class {c}\n' for c in range(5) for n in range(40)]
-    for header in ("text,label\n", "text,category\n"):
+    for header in ("text,label\n", "text,category\n", "\ufefftext,label\n"):
         path.write_text(header + "".join(lines))
         many = dict(train=40, validation=40, test=40)
         scenario = tasks.labelled_file(path, 2, many, 32, generator())
@@ -76,14 +77,36 @@ def test_a_file_of_texts_and_labels_is_cut_into_tasks_and_never_leaks(tmp_path):
         assert sum(map(len, seen.values())) == 200 == len(set().union(*seen.values()))
 
 
+def test_banking77s_own_test_rows_are_tested_on_and_never_trained_on(tmp_path):
+    of = lambda name, n: "".join(
+        f"{name} {k} of {c},class {c}\n" for c in range(4) for k in range(n)
+    )
+    (tmp_path / "train.csv").write_text("text,category\n" + of("train", 20) + of("test", 1))
+    (tmp_path / "test.csv").write_text("text,category\n" + of("test", 3))
+    many = dict(train=40, validation=40, test=40)
+    for stage in tasks.labelled_file(tmp_path, 2, many, 32, generator()).stages:
+        assert {text_of(r).split()[0] for r in stage.test.tokens} == {"test"}
+        assert (len(stage.train), len(stage.validation), len(stage.test)) == (36, 4, 6)
+        rows = [*stage.train.tokens, *stage.validation.tokens]
+        assert {text_of(r).split()[0] for r in rows} == {"train"}
+
+
+def test_a_class_of_three_texts_has_one_in_every_split(tmp_path):
+    path = tmp_path / "few.csv"
+    path.write_text("text,label\n" + "".join(f"{n},{c}\n" for c in "ab" for n in range(3)))
+    for stage in tasks.labelled_file(path, 1, COUNTS, 8, generator()).stages:
+        assert [len(r) for r in (stage.train, stage.validation, stage.test)] == [1, 1, 1]
+        assert len({text_of(r.tokens[0]) for r in (stage.train, stage.validation, stage.test)}) == 3
+
+
 def test_digits_come_two_at_a_time_and_permuted_ones_all_at_once():
-    scenario = tasks.digits(COUNTS, generator())
+    scenario = pictures.digits(COUNTS, generator())
     assert sorted(c for s in scenario.stages for c in s.classes) == list(range(10))
     for stage in scenario.stages:
         assert set(stage.train.labels) == set(stage.classes) == set(stage.test.labels)
         assert stage.train.tokens.min() >= 1
         assert stage.train.tokens.max() <= 17
-    first, second = tasks.permuted_digits(
+    first, second = pictures.permuted_digits(
         2, dict(train=50, validation=9, test=20), generator()
     ).stages
     np.testing.assert_array_equal(first.train.labels, second.train.labels)
@@ -96,7 +119,7 @@ def test_digits_come_two_at_a_time_and_permuted_ones_all_at_once():
 
 
 def test_shuffled_labels_are_the_same_ones_and_tests_keep_theirs():
-    scenario = tasks.digits(dict(train=50, validation=2, test=2), generator())
+    scenario = pictures.digits(dict(train=50, validation=2, test=2), generator())
     control = tasks.shuffled(scenario, generator(1))
     for before, after in zip(scenario.stages, control.stages, strict=True):
         assert not np.array_equal(before.train.labels, after.train.labels)
@@ -120,6 +143,8 @@ def test_domains_are_those_of_this_machine_or_those_given(tmp_path, monkeypatch)
         assert (stage.train.scored[:, 1:] == 1).all()
     with pytest.raises(Refused, match="the domain a has 100 bytes to validation; it must have 200"):
         language.domains((tmp_path / "a",), COUNTS, 200, generator())
+    with pytest.raises(Refused, match="`domains` holds a, a; no two may have the same name"):
+        language.domains((tmp_path / "a", tmp_path / "x" / "a"), COUNTS, 32, generator())
 
 
 @pytest.fixture
@@ -153,6 +178,18 @@ def test_a_language_comes_from_its_dictionary_and_its_sentences(kalamang):
     assert language.made_up("One two.") == " ".join(
         [language.made_up("two"), language.made_up("one")]
     )
+
+
+def test_a_translation_that_two_sentences_share_is_not_asked_in_the_made_up_language(kalamang):
+    said = [(f"kala {n} mang", f"word {n % 100} here") for n in range(120)]
+    lines = "".join(f"X{n},{a},{b}\n" for n, (a, b) in enumerate(said))
+    (kalamang / "examples.csv").write_text("ID,Primary_Text,Translated_Text\n" + lines)
+    counts = dict(train=150, validation=99, test=99)
+    stages = language.translation(kalamang, True, counts, 48, generator()).stages
+    for stage in stages:
+        trained = {text_of(row) for row in stage.train.tokens}
+        for rows in (stage.validation, stage.test):
+            assert not trained & {text_of(row) for row in rows.tokens}
 
 
 def test_chrf_is_one_for_what_was_meant_and_near_zero_for_what_was_not(kalamang):
@@ -195,7 +232,14 @@ def test_bad_input_gets_a_sentence(tmp_path, clinc, monkeypatch):
     with pytest.raises(ValueError, match="`classes` is 0; it must be an integer >= 1"):
         tasks.labelled_file(bad, 0, COUNTS, 32, generator())
     with pytest.raises(ValueError, match="`tasks` is 0; it must be an integer >= 1"):
-        tasks.permuted_digits(0, COUNTS, generator())
+        pictures.permuted_digits(0, COUNTS, generator())
+    bad.write_text("text,label\none\n")
+    with pytest.raises(Refused, match="must be a CSV file in UTF-8 with the columns text and"):
+        tasks.labelled_file(bad, 2, COUNTS, 32, generator())
+    held = json.loads(clinc.read_text()) | {"val": []}
+    clinc.write_text(json.dumps(held))
+    with pytest.raises(Refused, match="has no text in the split `validation`"):
+        tasks.clinc(clinc, COUNTS, 32, generator())
     bad.write_text("{}")
     with pytest.raises(Refused, match="must be CLINC150's data_full.json: an object whose `train`"):
         tasks.clinc(bad, COUNTS, 32, generator())
