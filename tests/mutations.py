@@ -1210,8 +1210,8 @@ MUTATIONS = (
     Mutation(
         "the rows of a table that are not run",
         f"{EXPERIMENTS}/sequence_experiment.py",
-        "gather(known, rows if table is None else table)",
-        "gather(known, rows)",
+        "rows if table is None else table)",
+        "rows)",
         OF_TABLES,
     ),
     Mutation(

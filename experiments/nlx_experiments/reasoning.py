@@ -364,7 +364,7 @@ def plot(path: pathlib.Path, results: Mapping[str, Any]) -> None:
                 axes.plot(curve, style, color="#888888", linewidth=1, label=name)
         axes.axhline(task["chance"][b], color="#222222", linestyle=":", linewidth=1)
         held = ", held out" if b in HELD_OUT else ""
-        axes.set(title=b + held, xlabel="examples seen", ylabel="share right", ylim=(0.2, 1.0))
+        axes.set(title=b + held, xlabel="examples seen", ylabel="share right", ylim=(0, 1.02))
     handles, labels = grid.flat[-1 if len(panels) == grid.size else 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
     report.save(figure, path)
