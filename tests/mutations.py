@@ -1406,8 +1406,8 @@ MUTATIONS = (
     Mutation(
         "the stretches of positions that perplexity is told of",
         f"{EXPERIMENTS}/context.py",
-        "begins = [0, *ends[:-1]]",
-        "begins = [0] * len(ends)",
+        "zip([0, *ends[:-1]], ends, strict=True)",
+        "zip([0] * len(ends), ends, strict=True)",
         "experiments/test_context.py",
     ),
     Mutation(
