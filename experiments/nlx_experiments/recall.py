@@ -11,8 +11,8 @@ takes      about two hours of one core, a cell half a minute to three minutes; a
            is stopped begins anew, finished ones are kept
 expects    Hope level with Titans in the mean, 67 to 66 %, below DeltaNet (83), Gated DeltaNet and
            TTT (78); all that recur at 100 % of in-context recall and memorization, none of them
-           above half of selective copying, nothing far above chance in compression. With four times the
-           steps selective copying is 52 % for Hope and 65 for DeltaNet
+           above half of selective copying, nothing far above chance in compression. With four times
+           the steps selective copying is 52 % for Hope and 65 for DeltaNet
 
 A model's state is what one row carries from a chunk to the next, convolutions included. Linear
 memories have the width that comes nearest to the bytes; Titans and Hope a width of 32 or 64 and the
