@@ -1180,6 +1180,13 @@ MUTATIONS = (
         OF_REASONING,
     ),
     Mutation(
+        "what is examined, from Bayes' prior",
+        f"{EXPERIMENTS}/function_tasks.py",
+        "count, bits, outside=outside) for name in names",
+        "count, bits) for name in names",
+        OF_REASONING,
+    ),
+    Mutation(
         "Student's t in the ablation's verdicts",
         f"{EXPERIMENTS}/ablation.py",
         "stats.t.ppf(0.975, seeds - 1)",

@@ -10,8 +10,8 @@ shows      the share of answers that are right, at equal bytes of state and equa
 takes      about two hours of one core, a cell half a minute to three minutes; a model that
            is stopped begins anew, finished ones are kept
 expects    Hope level with Titans in the mean, 67 to 66 %, below DeltaNet (83), Gated DeltaNet and
-           TTT (78); all at 100 % of in-context recall and memorization, none above half of
-           selective copying but attention, none far above chance in compression. With four times
+           TTT (78); all that recur at 100 % of in-context recall and memorization, none of them
+           above half of selective copying, nothing far above chance in compression. With four times
            the steps selective copying is 52 % for Hope and 65 for DeltaNet
 
 A model's state is what one row carries from a chunk to the next, convolutions included. Linear

@@ -117,9 +117,10 @@ def run(
         results = gather(before | store.known, rows if table is None else table)
     left = before.keys() - records(results).keys()
     if left:
+        of = ", ".join(sorted({what.split(";")[0] for what in left}))
         say(
             f"{len(left)} cells of results/{name}.json are left out, for their task, sizes or "
-            f"training are no longer those of this run: {'; '.join(sorted(left))}."
+            f"training are not those of this run: {of}."
         )
     write(options, name, results, shown, measure)
     return results

@@ -8,10 +8,10 @@ shows      the share of rows that are right at every position, at the lengths tr
            twice as long: six formal languages (Irie et al., 2023; Behrouz et al., 2025, Table 5),
            and word problems: of S5 and A5, which are beyond TC0, and of arithmetic modulo 5 from
            left to right, which is not
-takes      about an hour and three quarters on two cores, by the seconds of its cells (Hope 1 to 9
-           minutes a cell, DeltaNet 1 to 5, the Transformer half a minute to 5); a model that is
-           stopped begins anew, finished ones are kept. -gpu: a cell of Hope takes two minutes of an
-           H100, most of it compiling, and six run side by side
+takes      an hour and a half by the seconds of its cells, most of Hope's on an H100 (two minutes a
+           cell, nearly all of it compiling; six run side by side), the others on a core each (Hope
+           up to 9 minutes a cell, DeltaNet 1 to 5, the Transformer half a minute to 5); a model
+           that is stopped begins anew, finished ones are kept
 expects    Hope at 100 % of the regular languages at three of three seeds; of the counting ones up
            to the trained length, and in some trainings of each up to twice it; the Transformer at
            0 % of long rows of parity; DeltaNet at 100 % of the regular languages with rates up to 2
@@ -218,7 +218,7 @@ def full() -> dict[str, Row]:
 
 
 def few(rows: Mapping[str, Row]) -> dict[str, Row]:
-    """What two cores do in an hour or so: the languages and S5 by swaps, the main models."""
+    """What two cores do in an hour or two: the languages and S5 by swaps, the main models."""
     count = {"hope": 2, "deltanet": 2, "transformer": 2}
     return {
         name: row._replace(

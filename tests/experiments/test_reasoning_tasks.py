@@ -194,6 +194,18 @@ def test_all_xors_of_two_and_three_bits_are_examined():
     assert examined == {tuple(sign * x > 0) for x in xors for sign in (1, -1)}
 
 
+def test_bayes_believes_in_no_function_that_is_not_examined():
+    """Of networks in no class trained on it is right more often when it knows that they are."""
+    names = ("linear", "conjunction", "decision list")
+    task = functions(names, 4, ("network",))
+    batch = task.examined["network"](np.random.default_rng(0), 200, 32, 32)
+    knowing, guessing = (
+        function_tasks.bayes(batch, ("network",), 4, outside=outside).mean()
+        for outside in (names, ())
+    )
+    assert knowing > guessing + 0.01
+
+
 def test_rivals_are_what_they_say():
     """Nearest examples by a loop; Bayes knows all of xor after its few functions are told apart."""
     batch = functions(("xor",), 4).draw(np.random.default_rng(2), 40, 32, 32)

@@ -7,6 +7,23 @@ from nlx_experiments import recall
 from nlx import nn
 
 
+@pytest.mark.parametrize(
+    ("options", "name", "steps"),
+    [
+        (recall.Recall(), "recall", 800),
+        (recall.Longer(), "recall-longer", 3200),
+        (recall.Gpu(), "recall-gpu", 5000),
+    ],
+)
+def test_every_size_has_a_table_of_its_own(options, name, steps, monkeypatch):
+    seen = []
+    monkeypatch.setattr(recall.experiment, "run", lambda *given, measure: seen.append(given))
+    recall.main(options)
+    ((_, table, rows, _),) = seen
+    assert table == name
+    assert {row.plan.steps for row in rows.values()} == {steps}
+
+
 @pytest.mark.parametrize("size", [recall.FULL, recall.OF_GPU])
 def test_states_are_equal_where_they_are_said_to_be(size):
     for name, row in recall.full(size).items():

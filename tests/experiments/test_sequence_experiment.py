@@ -119,7 +119,9 @@ def test_an_experiment_runs_what_is_missing_and_shows_the_best_variant(rows, tmp
     assert "left out" not in capsys.readouterr().out
     other = {"plus one": made["plus one"]._replace(plan=dataclasses.replace(PLAN, steps=300))}
     sequence_experiment.run(elsewhere, "trial", other, table)
-    assert "3 cells of results/trial.json are left out, for" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "3 cells of results/trial.json are left out, for" in said
+    assert "not those of this run: plus one." in said
 
 
 def test_the_control_is_trained_on_answers_of_other_rows(record, tmp_path, monkeypatch):
