@@ -145,11 +145,12 @@ def test_rows_of_traces_draw_what_they_name(figures, tmp_path):
 
 def test_inner_surprise_is_that_of_the_memories(figures, tmp_path):
     content = np.frombuffer(b"abcdefgh", np.uint8)
-    levels = {"blocks.0.mixer.memory": trace(0, 9), "blocks.0.mixer.key": trace(1, 9)}
-    whitebox._memories(tmp_path, content, Watched(np.zeros((1, 8)), levels), {})
+    levels = {"blocks.0.mixer.memory": trace(0, 8), "blocks.0.mixer.key": trace(1, 8)}
+    lengths = np.array([1, 2, 1, 1, 1, 1, 1])  # bytes of each token
+    whitebox._memories(tmp_path, content, lengths, Watched(np.zeros((1, 7)), levels), {})
     size = levels["blocks.0.mixer.memory"].surprise[0, 1:].mean(-1)
     shown = figures["inner.png"].axes[0].images[0].get_array()[0, :8]
-    np.testing.assert_allclose(shown, size / size.mean())
+    np.testing.assert_allclose(shown, np.repeat(size / size.mean(), lengths))
 
 
 def test_cells_of_the_trace_table_stand_under_their_names():
