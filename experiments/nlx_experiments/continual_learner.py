@@ -37,7 +37,7 @@ class Learner:
     ):
         """Compiles nothing yet. model: pretrained, left as it is. seed: of the class vectors."""
         classes = max(1, len(scenario.texts))
-        if method.learns == "stacked":
+        if method.levels:
             model = nn.from_pretrained_mlps(model, [*clocks_of(method), Clock(None)], split=True)
         reader = Reader(model, classes, rngs=nnx.Rngs(1000 + seed))
         self.method, self.kind, self.plan, self.texts = method, scenario.kind, plan, scenario.texts
@@ -49,7 +49,7 @@ class Learner:
         self.functions = functions(method, self.graph, self.params, scenario.kind)
         self.memories = self.functions["begin"](self.params)
         self.penalized = "strength" in method.grid[0]
-        self.room = equal_bytes(self.graph, self.params) if method.replay == "equal" else 0
+        self.room = equal_bytes(model, classes, scenario.kind) if method.replay == "equal" else 0
         self.room //= len(scenario.stages)
 
     def learn(self, stage: Stage, choice: Choice) -> None:
@@ -133,10 +133,12 @@ def row_bytes(rows: Rows) -> int:
     return rows.tokens.shape[1] + 4
 
 
-def equal_bytes(graph: nnx.GraphDef, params: Any) -> int:
+def equal_bytes(model: nn.LanguageModel, classes: int, kind: Kind) -> int:
     """What `EQUAL` carries, of the same model."""
-    begin = rules.shared(graph, "classes", clocks_of(METHODS[EQUAL]))["begin"]
-    return rules.carried(jax.eval_shape(begin, params))
+    levels = [*clocks_of(METHODS[EQUAL]), Clock(None)]
+    model = nn.from_pretrained_mlps(model, levels, split=True)
+    graph, params = nnx.split(Reader(model, classes, rngs=nnx.Rngs(0)))
+    return rules.carried(jax.eval_shape(rules.stacked(graph, kind)["begin"], params))
 
 
 def joined(parts: list[Rows]) -> Rows:
@@ -165,11 +167,8 @@ def functions(method: Method, graph: nnx.GraphDef, params: Any, kind: Kind) -> d
     if what not in _COMPILED:
         if len(_COMPILED) > 15:
             _COMPILED.clear()
-        if method.learns == "stacked":
-            made = rules.stacked(graph, kind)
-        elif method.levels:
-            by_adam = method.learns == "shared by adam"
-            made = rules.shared(graph, kind, clocks_of(method), by_adam)
+        if method.levels:
+            made = rules.stacked(graph, kind, method.learns == "levels by adam")
         else:
             made = rules.whole(graph, kind)
         _COMPILED[what] = made | rules.examinations(graph, kind)

@@ -42,23 +42,24 @@ class Reader(nnx.Module):
         self.classes = parameter(unit, ("embed", None))
 
     def mix(self, tokens: Int[Array, "b t"]) -> tuple[Float[Array, "b t d"], Keys]:
-        """As the model's `embed` and `mix`, and what the last layer's MLP reads its values by.
+        """As the model's `embed` and `mix`, and what the last layer's MLPs read their values by.
 
-        Keys are its hidden activations, "<layer>" -> [b, t, units]: the MLP's output is their
-        product with its last matrix, the values. None where that layer is of several levels.
+        Keys are hidden activations, "cms_<rank>" -> [b, t, units], by the rank of the level: what
+        it adds is their product with its last matrix, the values. A layer's one MLP has rank 0.
         """
         x = self.model.embed(tokens)
         *before, last = self.model.blocks
         for block in before:
             x, _ = block(x, None, None)
-        if len(last.feed_forward.levels) > 1:
-            return last(x, None, None)[0], {}
         y, _ = last.mixer(last.norm(x), None, None)
-        x = x + y
-        level: Any = last.feed_forward.levels[0]
-        z = level.norm(x)
-        hidden = jax.nn.silu(level.mlp.gate(z)) * level.mlp.up(z)
-        return x + level.mlp.down(hidden), {str(len(before)): hidden}
+        x, keys, added, system = x + y, {}, [], last.feed_forward
+        weights = system.aggregate[...] if system.variant == "independent" else (1.0,)
+        for level, weight in zip(system.levels, weights, strict=True):
+            z = level.norm(x)
+            hidden = jax.nn.silu(level.mlp.gate(z)) * level.mlp.up(z)
+            keys[f"cms_{level.rank}"] = hidden
+            added.append(weight * level.mlp.down(hidden))
+        return x + sum(added), keys
 
     def class_scores(self, x: Float[Array, "b t d"], tokens: Int[Array, "b t"]) -> Array:
         """[b, classes]. x: of `mix`. tokens: bytes; 0 is none and counts for nothing."""

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The compiled part of every method of `continual_methods`: losses, examinations, steps."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -165,135 +165,116 @@ class Stacked(NamedTuple):
     tick: Int[Array, ""]  # steps taken
 
 
-def stacked(graph: nnx.GraphDef, kind: Kind) -> dict[str, Any]:
+def stacked(graph: nnx.GraphDef, kind: Kind, by_adam: bool = False) -> dict[str, Any]:
     """begin and step of a model whose MLPs are levels on clocks (`nn.from_pretrained_mlps`).
 
-    As a nest: one level for each label of `nn.labels_by_level`, under the task's loss; at the end
-    of its period each moves all that it holds by Adam on the mean gradient (Eq. 71). What belongs
-    to no level, "outer", has frequency 0.
+    As a nest under the task's loss: one level for each clock of `nn.clocks_by_level`, which at the
+    end of its period writes the mean gradient of the period (Eq. 71, by a rule of its own) to what
+    it holds: the values of its units in the last layer, by `least_squares`. A level's `Pair` has
+    its values, and a tap of 0 in the Gram matrix's place, which has the keys' for its gradient.
+    All else has frequency 0.
+
+    by_adam: a level holds its units of every layer, whole, and moves them by Adam.
     """
 
-    def levels_of(params: Any, rate: Any):
-        graph_of_parts, parts, join = by_level(nnx.merge(graph, params))
-
-        def loss(parts: Mapping[str, Any], batch: Batch):
-            return task_loss(nnx.merge(graph_of_parts, join(parts)), batch, kind)[0]
-
-        clocks = nn.clocks_by_level(nnx.merge(graph, params)) | {"outer": Clock(None)}
+    def nest_of(params: Any, choice: Mapping[str, Any]):
+        reader = nnx.merge(graph, params)
+        clocks = nn.clocks_by_level(reader) | {"outer": Clock(None)}
+        if by_adam:
+            rule = adam(choice["rate"])
+            parts, joined, loss = _by_units(reader, kind)
+        else:
+            rule = least_squares(choice["rate"], choice["horizon"])
+            parts, joined, loss = _by_values(graph, params, kind, len(clocks) - 1)
         levels = {
             name: Level(
                 lambda key, name=name: parts[name],
-                write=None if clock.period is None else writes.summed(adam(rate)),
-                clock=clock,
+                write=None if clocks[name].period is None else writes.summed(rule),
+                clock=clocks[name],
             )
-            for name, clock in clocks.items()
+            for name in parts
         }
-        return Nest(levels, lambda parts, batch: ((), {}), loss), parts, join
+        return Nest(levels, lambda parts, batch: ((), {}), loss), parts, joined
 
     def begin(params: Any) -> Stacked:
-        nest, parts, _ = levels_of(params, jnp.float32(0))
+        nest, parts, _ = nest_of(params, {"rate": jnp.float32(0), "horizon": jnp.float32(1)})
         return Stacked({n: s.carry for n, s in nest.start(parts).items()}, jnp.int32(0))
 
     def step(params: Any, memories: Stacked, batch: Batch, choice: Mapping[str, Array]):
-        nest, parts, join = levels_of(params, choice["rate"])
+        nest, parts, joined = nest_of(params, choice)
         states = {n: LevelState(parts[n], memories.carries[n], memories.tick) for n in parts}
         states, _ = nest.step(states, batch)
-        params = join({name: state.params for name, state in states.items()})
+        params = joined({name: state.params for name, state in states.items()})
         carries = {name: state.carry for name, state in states.items()}
         return params, Stacked(carries, memories.tick + 1)
 
     return {"begin": begin, "step": jax.jit(step)}
 
 
-class Shares(NamedTuple):
-    """Memories of levels that share the values of one layer."""
-
-    given: dict[str, Float[Array, "i o"]]  # the values that were pretrained
-    states: dict[str, LevelState]  # by level; params: what it adds, as `Pair`s
+Parts = dict[str, Any]  # by level, what it holds
+Split = tuple[Parts, Callable[[Parts], Any], Callable[[Parts, Batch], Array]]  # joined, loss
 
 
-def shared(
-    graph: nnx.GraphDef, kind: Kind, clocks: Sequence[Clock], by_adam: bool = False
-) -> dict[str, Any]:
-    """begin and step of levels that all add to the last layer's values; nothing else ever moves.
+def _by_units(reader: Reader, kind: Kind) -> Split:
+    """All parameters by level: what they are, back to one tree, and the task's loss of them."""
+    graph, parts, join = by_level(reader)
+    return (
+        parts,
+        join,
+        lambda parts, batch: task_loss(nnx.merge(graph, join(parts)), batch, kind)[0],
+    )
 
-    As a nest under the task's loss: the values in use are what was given plus what every level
-    wrote, theta = sum_m theta^(m). A level's share is a `Pair`, whose Gram matrix stays 0: it is a
-    tap, which has the keys' Gram matrix for its gradient.
 
-    clocks: of the levels, fast to slow. by_adam: what they write by, in place of `least_squares`.
-    """
+def _by_values(graph: nnx.GraphDef, params: Any, kind: Kind, levels: int) -> Split:
+    """The same of the values that levels read in the last layer, as `Pair`s."""
+    values = values_of(params, levels)
+    parts = {name: Pair(w, jnp.zeros((len(w), len(w)), w.dtype)) for name, w in values.items()}
 
-    def nest_of(params: Any, given: Mapping[str, Array], choice: Mapping[str, Any]) -> Nest:
-        def loss(shares: Mapping[str, Mapping[str, Pair]], batch: Batch):
-            values = {n: sum((s[n].values for s in shares.values()), w) for n, w in given.items()}
-            lost, keys = task_loss(nnx.merge(graph, holding(params, values)), batch, kind)
-            if by_adam:
-                return lost
-            read = len(batch.tokens) if kind == "classes" else jnp.sum(batch.scored[:, 1:])
-            for n, k in jax.lax.stop_gradient(keys).items():
+    def joined(parts: Parts) -> Any:
+        return holding(params, {name: pair.values for name, pair in parts.items()})
+
+    def loss(parts: Parts, batch: Batch) -> Array:
+        lost, keys = task_loss(nnx.merge(graph, joined(parts)), batch, kind)
+        read = len(batch.tokens) if kind == "classes" else jnp.sum(batch.scored[:, 1:])
+        for name, k in jax.lax.stop_gradient(keys).items():
+            if name in parts:
                 gram = k.T @ k / jnp.maximum(read, 1)
-                lost = lost + sum(jnp.sum(gram * share[n].gram) for share in shares.values())
-            return lost
+                lost = lost + jnp.sum(gram * parts[name].gram)
+        return lost
 
-        units = lambda w: 0 if by_adam else len(w)
-        none = lambda w: Pair(jnp.zeros_like(w), jnp.zeros((units(w), units(w)), w.dtype))
-        share = {name: none(w) for name, w in given.items()}
-        own = adam if by_adam else lambda rate: least_squares(rate, choice["horizon"])
-        write = writes.summed(own(choice["rate"]))
-        levels = {
-            f"level_{n}": Level(lambda key: share, write=write, clock=clock)
-            for n, clock in enumerate(clocks)
-        }
-        return Nest(levels, lambda shares, batch: ((), {}), loss)
-
-    def begin(params: Any) -> Shares:
-        given = values_of(params)
-        nest = nest_of(params, given, {"rate": jnp.float32(0), "horizon": jnp.float32(1)})
-        return Shares(given, nest.start(nest.init(jax.random.key(0)), jnp.int32(0)))
-
-    def step(params: Any, memories: Shares, batch: Batch, choice: Mapping[str, Array]):
-        given, states = memories
-        states, _ = nest_of(params, given, choice).step(states, batch)
-        total = lambda n, w: sum((s.params[n].values for s in states.values()), w)
-        values = {name: total(name, w) for name, w in given.items()}
-        return holding(params, values), Shares(given, states)
-
-    return {"begin": begin, "step": jax.jit(step)}
+    return parts, joined, loss
 
 
 def carried(memories: Any, penalty: bool = False) -> int:
     """Bytes that a method takes from task to task beside the parameters in use.
 
     Where all parameters learn, Adam's memories, and with a penalty its two sums; of levels what
-    their writes carry, sums that wait for a firing among it, and their shares. Taps count for
-    nothing: they are always 0.
+    their writes carry, sums that wait for a firing among it.
     """
     if isinstance(memories, Whole) and not penalty:
         memories = memories.rule
-    if isinstance(memories, Shares):
-        shares = [[p.values for p in s.params.values()] for s in memories.states.values()]
-        memories = shares, [s.carry for s in memories.states.values()]
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(memories))
 
 
-def values_of(params: nnx.State) -> dict[str, Float[Array, "i o"]]:
-    """The last matrix of the last layer's MLP, named as its keys: "<layer>"."""
-    named = {_layer(path): v[...] for path, v in nnx.to_flat_state(params) if _layer(path)}
-    last = max(named, key=int)
-    return {last: named[last]}
+def values_of(params: nnx.State, levels: int) -> dict[str, Float[Array, "i o"]]:
+    """The last matrix of each level's MLP in the last layer: label of `nn.clocks_by_level` -> it."""
+    named = [(_place(path), v[...]) for path, v in nnx.to_flat_state(params) if _place(path)]
+    last = max(layer for (layer, _), _ in named)
+    return {f"cms_{n}": w for (layer, n), w in named if layer == last and n < levels}
 
 
 def holding(params: nnx.State, values: Mapping[str, Array]) -> nnx.State:
     """The parameters with these values."""
+    last = max(_place(path) for path, _ in nnx.to_flat_state(params))[0]
 
     def place(path, variable):
-        layer = _layer(path)
-        return variable.replace(values[layer]) if layer in values else variable
+        layer, level = _place(path) or (-1, -1)
+        there = layer == last and f"cms_{level}" in values
+        return variable.replace(values[f"cms_{level}"]) if there else variable
 
     return nnx.map_state(place, params)
 
 
-def _layer(path: tuple) -> str:
-    """Of an MLP's values the layer, the third part of their path; "" of all else."""
-    return str(path[2]) if path[-2:] == ("down", "kernel") else ""
+def _place(path: tuple) -> tuple[int, ...]:
+    """Layer and level of an MLP's values, third and sixth in their path; () of all else."""
+    return (path[2], path[5]) if path[-2:] == ("down", "kernel") else ()

@@ -15,7 +15,7 @@ COLUMNS = (
     "final", "average", "learned", "forgetting", "backward", "forward", "plasticity",
 )  # fmt: skip
 FT, EWC = "fine-tuning", "ewc"
-HOPE, SQUARES = "hope, {} level{}", "least squares, {} level{}"
+HOPE = "hope, {} level{}"
 Results = Mapping[str, Mapping[str, Any]]
 
 
@@ -48,8 +48,7 @@ def shown(results: Results, skipped: Mapping[str, str], name: str) -> str:
         "In percent, mean of the seeds (lowest to highest). `learned`: just after each task; "
         "`plasticity`: that of the last fifth of tasks less that of the first; the others as "
         "`continual_metrics.py` defines them. `KiB`: carried from task to task beside the "
-        "parameters in use, at the end. `hope` is the paper's stacking, `least squares` is not "
-        "(`continual_methods.py`). Of domains: bytes foretold right; of languages: chrF."
+        "parameters in use, at the end. Of domains: bytes foretold right; of languages: chrF."
     ]
     for scenario, found in results.items():
         some = next(iter(found.values()))["seeds"]
@@ -63,7 +62,7 @@ def shown(results: Results, skipped: Mapping[str, str], name: str) -> str:
             lines.append(("*chance (learned: among the task's classes)*", *told, "", ""))
         columns = ["method", *COLUMNS, "KiB", "settings"]
         parts.append(report.Table("", columns, lines).markdown())
-        parts += verdict(found, HOPE) + verdict(found, SQUARES) + control(found)
+        parts += verdict(found) + control(found)
         stem = f"results/{name}-{scenario.replace(' ', '-')}"
         parts.append(f"![examined against learned]({stem}.png)")
         if len(some[0]["stages"]) >= 20:
@@ -102,12 +101,12 @@ def grid(results: Results) -> str:
     return report.Table("", ["stream", "method", "settings", "validation"], lines).markdown()
 
 
-def verdict(found: Mapping[str, Any], levels: str = HOPE) -> list[str]:
+def verdict(found: Mapping[str, Any]) -> list[str]:
     """What was to be shown against fine-tuning and EWC; nothing where one of them did not run.
 
-    levels: HOPE, or SQUARES. What a further level brings is taken seed for seed.
+    What a further level brings is taken seed for seed.
     """
-    three = levels.format(3, "s")
+    three = HOPE.format(3, "s")
     if not {FT, EWC, three} <= found.keys():
         return []
     mean = lambda method, what: statistics.fmean(s[what] for s in summaries(found[method]))
@@ -126,7 +125,7 @@ def verdict(found: Mapping[str, Any], levels: str = HOPE) -> list[str]:
         ),
     ]
     for less in (1, 2):
-        fewer, more = levels.format(less, "s" * (less > 1)), levels.format(less + 1, "s")
+        fewer, more = HOPE.format(less, "s" * (less > 1)), HOPE.format(less + 1, "s")
         if not {fewer, more} <= found.keys():
             continue
         pairs = zip(summaries(found[fewer]), summaries(found[more]), strict=False)
