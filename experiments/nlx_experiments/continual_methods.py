@@ -50,7 +50,7 @@ which rule. Taken here:
 What each part is worth can be read off the rows: "hope, 1 level" has the rule on one clock, so its
 distance from fine-tuning is the fixed keys' and the rule's, not levels'; what levels add (clocks,
 and units that may be written: 1/2, 2/3 and 3/4 of them) is the distance from there. In the rows
-"adam" levels hold their units whole, in every layer, and move them by Adam: clocks without the rule.
+"adam" levels hold their units whole, in every layer, and move them by Adam: clocks, not the rule.
 
 **Bytes.** `carried` counts what a method takes from task to task beside the parameters in use
 (`continual_rules.carried`), and of rows that are kept one byte for each of theirs and 4 for a

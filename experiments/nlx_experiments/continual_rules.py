@@ -257,7 +257,7 @@ def carried(memories: Any, penalty: bool = False) -> int:
 
 
 def values_of(params: nnx.State, levels: int) -> dict[str, Float[Array, "i o"]]:
-    """The last matrix of each level's MLP in the last layer: label of `nn.clocks_by_level` -> it."""
+    """The last matrix of each level's MLP in the last layer: its label -> the matrix."""
     named = [(_place(path), v[...]) for path, v in nnx.to_flat_state(params) if _place(path)]
     last = max(layer for (layer, _), _ in named)
     return {f"cms_{n}": w for (layer, n), w in named if layer == last and n < levels}

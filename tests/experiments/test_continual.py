@@ -15,7 +15,7 @@ from nlx_experiments import continual_rules as rules
 from nlx_experiments import continual_tasks as tasks
 from nlx_experiments.continual_learner import Learner
 from nlx_experiments.continual_methods import METHODS, Plan
-from nlx_experiments.continual_model import Reader, Size
+from nlx_experiments.continual_model import Size
 from nlx_experiments.continual_tasks import Scenario, Stage
 from nlx_experiments.continual_write import Pair, least_squares
 
