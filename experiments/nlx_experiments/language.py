@@ -252,7 +252,7 @@ def of_model(
 def trained(chosen: TrainConfig, plan: Plan, store: Store) -> dict[str, Any]:
     """The result of a training, which runs, or goes on, if it isn't known; a pilot that diverges
     has no "late_bits_per_byte"."""
-    fields = dataclasses.replace(chosen, run=None, data=(), tokenizer="")
+    fields = _told(dataclasses.replace(chosen, run=None, data=(), tokenizer=""))
     what = f"{chosen.folder.name}; {_digest(f'{fields} {plan[1:]}')}"
     if what not in store.known:
         try:
@@ -283,6 +283,13 @@ def chosen_by(
             store.add({"what": cell, **scores._asdict()})
         found[name] = store.known[cell]
     return found
+
+
+def _told(config: Any) -> dict[str, Any]:
+    """The fields that are not their class's defaults, so that a field that is new voids no cell."""
+    fields = {f.name: (getattr(config, f.name), f.default) for f in dataclasses.fields(config)}
+    told = {name: value for name, (value, default) in fields.items() if value != default}
+    return {n: _told(v) if dataclasses.is_dataclass(v) else v for n, v in sorted(told.items())}
 
 
 def _digest(text: str) -> str:

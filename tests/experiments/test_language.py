@@ -202,3 +202,17 @@ def test_the_tiny_experiment_runs(tmp_path, monkeypatch, capsys):
     said = capsys.readouterr().out
     assert "step" not in said.split("After")[0]
     assert "| transformer++ |" in said
+
+
+def test_what_decides_a_cell_is_told_without_defaults():
+    @dataclasses.dataclass
+    class Known:
+        rate: float
+        rows: int = 4
+
+    @dataclasses.dataclass
+    class Grown(Known):
+        devices: int = 1
+
+    assert language._told(Known(0.1)) == language._told(Grown(0.1)) == {"rate": 0.1}
+    assert language._told(Grown(0.1, 4, 2)) == {"devices": 2, "rate": 0.1}
