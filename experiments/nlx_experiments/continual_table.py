@@ -16,6 +16,7 @@ COLUMNS = (
 )  # fmt: skip
 FT, EWC = "fine-tuning", "ewc"
 HOPE = "hope, {} level{}"
+MANY = 20  # tasks, from which on plasticity is drawn
 Results = Mapping[str, Mapping[str, Any]]
 
 
@@ -65,7 +66,7 @@ def shown(results: Results, skipped: Mapping[str, str], name: str) -> str:
         parts += verdict(found) + control(found)
         stem = f"results/{name}-{scenario.replace(' ', '-')}"
         parts.append(f"![examined against learned]({stem}.png)")
-        if len(some[0]["stages"]) >= 20:
+        if len(some[0]["stages"]) >= MANY:
             parts.append(f"![just after each task]({stem}-learned.png)")
     if skipped:
         parts.append("Skipped: " + "; ".join(f"{n} ({why})" for n, why in skipped.items()) + ".")
