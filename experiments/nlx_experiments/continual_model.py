@@ -52,7 +52,8 @@ class Reader(nnx.Module):
         for block in before:
             x, _ = block(x, None, None)
         y, _ = last.mixer(last.norm(x), None, None)
-        x, keys, added, system = x + y, {}, [], last.feed_forward
+        x, keys, added = x + y, {}, []
+        system: Any = last.feed_forward
         weights = system.aggregate[...] if system.variant == "independent" else (1.0,)
         for level, weight in zip(system.levels, weights, strict=True):
             z = level.norm(x)

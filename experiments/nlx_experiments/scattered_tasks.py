@@ -14,7 +14,7 @@ Source: Kuratov et al. (2024), BABILong, section 2; Weston et al. (2015), bAbI.
 
 import dataclasses
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -41,7 +41,8 @@ class Story(NamedTuple):
 
     def first(self, rows: int) -> "Story":
         """Some of the rows."""
-        return Story(*(x[:rows] for x in self[:-1]), self.length)
+        first: Any = [x[:rows] for x in self[:-1]]
+        return Story(*first, self.length)
 
 
 def stories(
