@@ -14,7 +14,7 @@ Source: Kuratov et al. (2024), BABILong, section 2; Weston et al. (2015), bAbI.
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -41,8 +41,8 @@ class Story(NamedTuple):
 
     def first(self, rows: int) -> "Story":
         """Some of the rows."""
-        first: Any = [x[:rows] for x in self[:-1]]
-        return Story(*first, self.length)
+        of_rows = {n: x[:rows] for n, x in self._asdict().items() if n != "length"}
+        return self._replace(**of_rows)
 
 
 def stories(
