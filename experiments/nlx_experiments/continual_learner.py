@@ -20,6 +20,10 @@ from nlx_experiments.continual_rules import Batch
 from nlx_experiments.continual_tasks import Kind, Rows, Scenario, Stage
 
 FISHER = 64
+HELD: dict[str, rules.Held] = {
+    "levels by adam": "units by adam",
+    "values by adam": "values by adam",
+}
 ASKED = 1
 EXAMINED, WRITTEN = 64, 16  # rows at a time
 
@@ -168,7 +172,7 @@ def functions(method: Method, graph: nnx.GraphDef, params: Any, kind: Kind) -> d
         if len(_COMPILED) > 15:
             _COMPILED.clear()
         if method.levels:
-            made = rules.stacked(graph, kind, method.learns == "levels by adam")
+            made = rules.stacked(graph, kind, HELD.get(method.learns, "values"))
         else:
             made = rules.whole(graph, kind)
         _COMPILED[what] = made | rules.examinations(graph, kind)

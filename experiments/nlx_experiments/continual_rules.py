@@ -2,7 +2,7 @@
 """The compiled part of every method of `continual_methods`: losses, examinations, steps."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -165,7 +165,10 @@ class Stacked(NamedTuple):
     tick: Int[Array, ""]  # steps taken
 
 
-def stacked(graph: nnx.GraphDef, kind: Kind, by_adam: bool = False) -> dict[str, Any]:
+Held = Literal["values", "values by adam", "units by adam"]
+
+
+def stacked(graph: nnx.GraphDef, kind: Kind, held: Held = "values") -> dict[str, Any]:
     """begin and step of a model whose MLPs are levels on clocks (`nn.from_pretrained_mlps`).
 
     As a nest under the task's loss: one level for each clock of `nn.clocks_by_level`, which at the
@@ -174,18 +177,21 @@ def stacked(graph: nnx.GraphDef, kind: Kind, by_adam: bool = False) -> dict[str,
     its values, and a tap of 0 in the Gram matrix's place, which has the keys' for its gradient.
     All else has frequency 0.
 
-    by_adam: a level holds its units of every layer, whole, and moves them by Adam.
+    held: what a level holds and moves: as above; the same values by Adam; or its units of every
+    layer, whole, by Adam.
     """
 
     def nest_of(params: Any, choice: Mapping[str, Any]):
         reader = nnx.merge(graph, params)
         clocks = nn.clocks_by_level(reader) | {"outer": Clock(None)}
-        if by_adam:
-            rule = adam(choice["rate"])
+        rule = adam(choice["rate"])
+        if held == "values":
+            rule = least_squares(choice["rate"], choice["horizon"])
+        if held == "units by adam":
             parts, joined, loss = _by_units(reader, kind)
         else:
-            rule = least_squares(choice["rate"], choice["horizon"])
-            parts, joined, loss = _by_values(graph, params, kind, len(clocks) - 1)
+            given = graph, params, kind, len(clocks) - 1
+            parts, joined, loss = _by_values(*given, taps=held == "values")
         levels = {
             name: Level(
                 lambda key, name=name: parts[name],
@@ -225,16 +231,19 @@ def _by_units(reader: Reader, kind: Kind) -> Split:
     )
 
 
-def _by_values(graph: nnx.GraphDef, params: Any, kind: Kind, levels: int) -> Split:
-    """The same of the values that levels read in the last layer, as `Pair`s."""
+def _by_values(graph: nnx.GraphDef, params: Any, kind: Kind, levels: int, *, taps: bool) -> Split:
+    """The same of the values that levels read in the last layer, as `Pair`s; taps: with Grams."""
+    size = lambda w: len(w) if taps else 0
     values = values_of(params, levels)
-    parts = {name: Pair(w, jnp.zeros((len(w), len(w)), w.dtype)) for name, w in values.items()}
+    parts = {n: Pair(w, jnp.zeros((size(w), size(w)), w.dtype)) for n, w in values.items()}
 
     def joined(parts: Parts) -> Any:
         return holding(params, {name: pair.values for name, pair in parts.items()})
 
     def loss(parts: Parts, batch: Batch) -> Array:
         lost, keys = task_loss(nnx.merge(graph, joined(parts)), batch, kind)
+        if not taps:
+            return lost
         read = len(batch.tokens) if kind == "classes" else jnp.sum(batch.scored[:, 1:])
         for name, k in jax.lax.stop_gradient(keys).items():
             if name in parts:

@@ -160,6 +160,41 @@ def test_levels_by_adam_move_on_their_periods_mean_and_all_else_stands(model, sc
     assert {len(of(params, n)) for n in held} == {2 * 4}  # of both layers: norm, gate, up, down
 
 
+def test_values_by_adam_move_as_adam_moves_them_and_alone(model, scenario):
+    """One step of three levels: the first level's values, clipped by their own gradient's norm."""
+    one = learner("hope, 3 levels, values by adam", model, scenario)
+    batch = learners.batch_of(scenario.stages[0].train.take(np.arange(4)), one.seen | True)
+
+    def loss(values):
+        return rules.task_loss(
+            nnx.merge(one.graph, rules.holding(one.params, values)), batch, "classes"
+        )[0]
+
+    values = rules.values_of(one.params, 3)
+    gradient = jax.grad(loss)(values)["cms_0"]
+    moves = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-2, b2=0.99))
+    wanted = values["cms_0"] + moves.update(gradient, moves.init(gradient))[0]
+    choice = {"rate": jnp.float32(1e-2)}
+    after, _ = one.functions["step"](one.params, one.memories, batch, choice)
+    got = rules.values_of(after, 3)
+    np.testing.assert_allclose(got["cms_0"], wanted, atol=2e-4)
+    np.testing.assert_array_equal(got["cms_1"], values["cms_1"])
+    # of a level: a sum that waits, Adam's two, and two counts; no Gram matrix
+    assert one.carried() == sum(4 * (3 * units * 16 + 2) for units in (4, 5, 4)) + 4
+    pairs = zip(nnx.to_flat_state(one.params), nnx.to_flat_state(after), strict=True)
+    assert sum(bool((a[...] != b[...]).any()) for (_, a), (_, b) in pairs) == 1
+
+
+def test_levels_on_one_clock_have_the_same_units_and_all_fire_at_every_step(model, scenario):
+    one = learner("hope, 3 levels, one clock", model, scenario)
+    clocks = nn.clocks_by_level(nnx.merge(one.graph, one.params))
+    assert {clocks[f"cms_{n}"] for n in range(3)} == {Clock(1)}
+    other = learner("hope, 3 levels", model, scenario)
+    shapes = lambda learner: jax.tree.map(jnp.shape, rules.values_of(learner.params, 3))
+    assert shapes(one) == shapes(other)
+    assert one.carried() == other.carried()
+
+
 def test_what_is_carried_is_counted_and_replay_may_have_as_much(model, scenario):
     size = {name: learner(name, model, scenario).carried() for name in METHODS}
     weights = sum(x.size for x in jax.tree.leaves(learner("ewc", model, scenario).params))
@@ -319,7 +354,7 @@ def test_every_method_takes_the_same_steps(model, scenario):
         for stage in scenario.stages:
             one.learn(stage, METHODS[name].grid[0])
         assert (one.steps, rows) == (8, [4] * 8), name
-    assert {len(m.grid) for m in learning.values()} == {4}
+    assert {n for n, m in learning.items() if len(m.grid) != 4} == {"fine-tuning, rate 0.001"}
 
 
 def test_an_examination_is_among_classes_seen_and_the_tasks_own(model, scenario):
@@ -366,6 +401,26 @@ def test_a_prompt_holds_the_most_alike_examples_nearest_to_the_question():
     assert prompts.prompt(b"q", [b"near\n", b"far\n"], 12) == b"\n\nfar\nnear\nq"
     assert prompts.prompt(b"q", [b"near\n", b"too long to fit\n"], 8) == b"\n\nnear\nq"
     assert prompts.prompt(b"long question", [], 8) == b"question"
+
+
+def test_a_model_that_copies_answers_as_the_most_alike_example_does(model, scenario, monkeypatch):
+    """A stand-in gives 1 to the name that ends the line before the question, and 0 to others."""
+    plain = lambda tokens: bytes(np.asarray(tokens)[np.asarray(tokens) > 0].tolist())
+
+    def copier(graph, room):
+        def score(params, tokens, names):
+            copied = plain(tokens[0]).split(b"\n")[-2].rpartition(b" = ")[2]
+            return np.array([plain(name) == b" = " + copied + b"\n" for name in names], float)
+
+        return score
+
+    monkeypatch.setattr(prompts, "_scorer", copier)
+    monkeypatch.setattr(prompts, "NAMED", 9)
+    known = learners.joined([stage.train for stage in scenario.stages])
+    seen = np.ones(4, bool)
+    assert prompts.classes(model, known, known, WORDS, seen) == 1.0
+    other = dataclasses.replace(known, labels=(known.labels + 1) % 4)
+    assert prompts.classes(model, known, other, WORDS, seen) == 0.0
 
 
 @pytest.mark.slow

@@ -10,11 +10,11 @@ from nlx_experiments.continual_methods import METHODS
 
 
 def entry(matrices, **more):
-    record = lambda m: {
-        "matrix": m, "untrained": [0.0] * len(m), "choice": {"rate": 1.0},
+    record = lambda n, m: {
+        "part": n, "matrix": m, "untrained": [0.0] * len(m), "choice": {"rate": 1.0},
         "stages": ["a", "b"], "chance": [0.5, 0.25], "carried": 2048,
     }  # fmt: skip
-    return {"seeds": [record(m) for m in matrices], "tried": [], **more}
+    return {"seeds": [record(n, m) for n, m in enumerate(matrices)], "tried": [], **more}
 
 
 def test_the_verdict_compares_as_it_says():
@@ -30,7 +30,20 @@ def test_the_verdict_compares_as_it_says():
     lines = said.splitlines()
     assert [line.split(":")[0] for line in lines] == ["* Shown"] * 4 + ["* Not shown"]
     assert "hope, 3 levels forget 34.7, fine-tuning 80.0" in lines[0]
-    assert "hope, 3 levels after 2 bring -5.0 at the end, standard error 0.0" in lines[4]
+    assert "hope, 3 levels after 2 bring -5.0 (standard error 0.0) at the end, +0.0" in lines[4]
+    failing = {
+        0: {"hope, 3 levels": entry([of(0.86, 0.45)] * 3)},
+        1: {"ewc": entry([of(0.9, 0.7)] * 3)},
+        2: {"fine-tuning": entry([of(0.92, 0.1)] * 3)},
+        3: {"hope, 2 levels": entry([of(0.86, 0.54)] * 3)},
+    }
+    for n, other in failing.items():
+        (told,) = continual_table.verdict(found | other)
+        assert told.splitlines()[n].startswith("* Not shown"), n
+    one = {name: {**e, "seeds": e["seeds"][1:2]} for name, e in found.items()}
+    (told,) = continual_table.verdict(found | {"hope, 2 levels": one["hope, 2 levels"]})
+    assert len(told.splitlines()) == 3  # one pair of seeds says nothing of more levels
+    assert continual_table.gained(found, "hope, 1 level", "hope, 2 levels", "final")[0] < 0.01
     assert continual_table.verdict({"fine-tuning": found["fine-tuning"]}) == []
     text = continual_table.shown(
         {"clinc150": found}, {"file": "no `--file` was given"}, "continual"
