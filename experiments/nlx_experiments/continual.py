@@ -15,9 +15,9 @@ takes      CLINC150 (`--only clinc150`): 100 minutes of one busy core; the other
            yet. A cell that is stopped begins anew, finished ones are kept
 expects    on CLINC150, 3 seeds: Hope with 3 levels forgets a quarter of what fine-tuning forgets
            (18.8 of 77.8 points), ends at 58.0 % where fine-tuning ends at 8.3 and EWC at 14.8, and
-           knows each task just after it at 74.9 % (fine-tuning at 78.3 by the rate that ends best, at
-           83.7 by the one that learns best); a second level brings 3.3 points at the end, a third none
-           (-0.3, standard error 1.0). Levels by Adam forget as fine-tuning does
+           knows each task just after it at 74.9 % (fine-tuning at 78.3 by the rate that ends best,
+           at 83.7 by the one that learns best); a second level brings 3.3 points at the end, a
+           third none (-0.3, standard error 1.0). Levels by Adam forget as fine-tuning does
 
 A stream's data comes from a path that is given, or from the folder NLX_DATA; what is neither there
 nor on every machine is skipped, with a line that says so. CLINC150 has 40 of its 100 training rows
