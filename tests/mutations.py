@@ -1719,6 +1719,13 @@ MUTATIONS = (
         OF_CONTINUAL,
     ),
     Mutation(
+        "the one setting of all levels",
+        f"{CONTINUAL}.py",
+        "method = CHOSEN_AS.get(method, method)",
+        "",
+        "experiments/test_continual_run.py",
+    ),
+    Mutation(
         "half of what fine-tuning forgets, in the verdict",
         f"{CONTINUAL}_table.py",
         "(lost <= plain / 2,",

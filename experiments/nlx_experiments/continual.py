@@ -11,7 +11,7 @@ shows      how well every task is done after each task of a stream, and what fol
            `continual_language.py`): CLINC150's 10 domains of 15 intents, Banking77 as 7 tasks of 11
            classes, any CSV file of texts and labels, digits two at a time, 50 orders of their
            pixels, domains of text, Kalamang to English, alone and after a made-up language
-takes      CLINC150 (`--only clinc150`): 100 minutes of one busy core; the other streams are not run
+takes      CLINC150 (`--only clinc150`): 88 minutes of one busy core; the other streams are not run
            yet. A cell that is stopped begins anew, finished ones are kept
 expects    on CLINC150, 3 seeds: Hope with 3 levels forgets a quarter of what fine-tuning forgets
            (18.8 of 77.8 points), ends at 58.0 % where fine-tuning ends at 8.3 and EWC at 14.8, and
@@ -256,7 +256,8 @@ def gather(known: Mapping[str, Any], rows: Mapping[str, Row], size: Size) -> dic
             if not seeds:
                 continue
             entry: dict[str, Any] = {"seeds": [seeds[n] for n in sorted(seeds)]}
-            entry["tried"] = [r for r in found if "validation" in r]
+            tried = [r for r in found if "validation" in r]
+            entry["tried"] = [] if method in CHOSEN_AS else tried
             if controls := [r for r in found if r["part"] == "control"]:
                 entry["control"] = controls[-1]
             results.setdefault(name, {})[method] = entry

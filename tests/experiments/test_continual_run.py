@@ -4,9 +4,9 @@ import json
 
 import numpy as np
 import pytest
-from nlx_experiments import continual_streams, continual_table, run
+from nlx_experiments import continual, continual_streams, continual_table, run
 from nlx_experiments import continual_tasks as tasks
-from nlx_experiments.continual_methods import METHODS
+from nlx_experiments.continual_methods import EQUAL, METHODS
 
 
 def entry(matrices, **more):
@@ -101,3 +101,24 @@ def test_a_stream_without_its_data_is_skipped_with_a_reason(tmp_path, monkeypatc
         with pytest.raises(tasks.Absent):
             rows[name].made(np.random.default_rng(0))
     assert len(rows["permuted digits"].made(np.random.default_rng(0)).stages) == 50
+
+
+def test_levels_by_least_squares_have_the_setting_that_three_of_them_choose():
+    """Cells are stand-ins: of three levels the last setting is best, of all others the first."""
+    contest = object.__new__(continual.Contest)
+    stages = tuple(tasks.Stage(str(n), *[None] * 3) for n in range(4))
+    contest.drawn = lambda seed: tasks.Scenario("classes", stages)
+    asked = []
+
+    def cell(method, part, choice, scenario):
+        asked.append((method, len(scenario.stages)))
+        order = 1 if method == EQUAL else -1
+        return {"validation": order * int(part.split()[1])}
+
+    contest.cell = cell
+    last = METHODS[EQUAL].grid[-1]
+    for method in ("hope, 1 level", "hope, 2 levels", EQUAL, "hope, 3 levels, one clock"):
+        assert contest.choose(method) == last
+    assert set(asked) == {(EQUAL, 3)}
+    assert contest.choose("fine-tuning") == METHODS["fine-tuning"].grid[0]
+    assert contest.choose("fine-tuning, rate 0.001") == {"rate": 1e-3}
