@@ -14,7 +14,8 @@ expects    meant, and not shown yet: Hope in the mean at least level with Titans
 
 One model is trained on all kinds at once (`needle_mixture.py`), as one is that is examined on all
 of RULER, in a curriculum of lengths; most rows trained on ask many questions. The rate is one,
-1e-2, for all: in recall's pilots 3e-3 was worse for all that were tried. Weights are chosen on
+1e-2, for all: in recall's pilots 3e-3 was worse for all that were tried. Hope also competes with two
+of its memories, that of the values and that of the rates, as in recall. Weights are chosen on
 validation rows of up to the lengths trained on; `longer` rows, of twice as many symbols, and the
 grid are only ever examined. Rows of the grid are read in pieces, the state carried from one to the
 next, so a length costs time and, but for the Transformer, no memory; it reads rows of up to 4,096
@@ -39,6 +40,7 @@ from nlx_experiments.long_context import base, contestants, texts
 from nlx_experiments.needle_table import TASK
 from nlx_experiments.needle_tasks import KINDS
 from nlx_experiments.needle_writing import Writing
+from nlx_experiments.reasoning import config
 from nlx_experiments.sequence_contest import Exam, Plan
 from nlx_experiments.sequence_experiment import Options, Row
 from nlx_experiments.sequence_reading import cut, read
@@ -106,6 +108,7 @@ class Size(NamedTuple):
     grid: Grid
 
 
+FEW = dict(retain=False, adaptive_key=False, adaptive_value=False)
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 SIX = ("S-NIAH-1", "S-NIAH-2", "S-NIAH-3", "MK-NIAH-1", "MQ-NIAH", "MV-NIAH")
 FULL = Size(
@@ -169,7 +172,11 @@ def full(size: Size, longest: int, writings: Mapping[str, Writing]) -> dict[str,
         tested=size.checked * len(kinds),
     )
     task = dataclasses.replace(task, examined={"longer": task.test or task.draw})
-    models = contestants(base(task.vocabulary, size.width, size.layers), size.parameters)
+    sizes = base(task.vocabulary, size.width, size.layers)
+    models = contestants(sizes, size.parameters)
+    models["hope"]["memory and rates"] = config(
+        "self_modifying", sizes, size.parameters, feed_forward="cms", **FEW
+    )
     lengths = tuple(n for n in size.grid.lengths if n <= longest)
     grid = size.grid._replace(lengths=lengths)
     return {TASK: Row(task, plan, models, {}, models["deltanet"][""], exam(grid, writings))}
