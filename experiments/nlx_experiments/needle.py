@@ -14,8 +14,8 @@ expects    meant, and not shown yet: Hope in the mean at least level with Titans
 
 One model is trained on all kinds at once (`needle_mixture.py`), as one is that is examined on all
 of RULER, in a curriculum of lengths; most rows trained on ask many questions. The rate is one,
-1e-2, for all: in recall's pilots 3e-3 was worse for all that were tried. Hope also competes with two
-of its memories, that of the values and that of the rates, as in recall. Weights are chosen on
+1e-2, for all: in recall's pilots 3e-3 was worse for all that were tried. Hope also competes with
+two of its memories, that of the values and that of the rates, as in recall. Weights are chosen on
 validation rows of up to the lengths trained on; `longer` rows, of twice as many symbols, and the
 grid are only ever examined. Rows of the grid are read in pieces, the state carried from one to the
 next, so a length costs time and, but for the Transformer, no memory; it reads rows of up to 4,096
