@@ -27,7 +27,6 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jax.sharding import PartitionSpec
 
 from nlx_kernels import _tpu
 
@@ -61,7 +60,7 @@ class Plan(NamedTuple):
 
 
 def forward(plan: Plan, constants: Any, state: Any, tokens: Any, marks: Any):
-    """Runs the chunks, each device of the mesh in context its rows and heads.
+    """Runs the chunks.
 
     Args:
       plan: as above.
@@ -73,12 +72,6 @@ def forward(plan: Plan, constants: Any, state: Any, tokens: Any, marks: Any):
     Returns:
       y [b, h, n, ...], the last state, and the states at the groups' starts [b, h, n / every, ...].
     """
-    inputs = constants, state, tokens, marks
-    run = functools.partial(_forward, plan)
-    return _split(run, inputs, "cstm", "tss", tokens)
-
-
-def _forward(plan: Plan, constants: Any, state: Any, tokens: Any, marks: Any):
     grid, specs = _layout(plan, state, tokens)
     y = _reads(plan, constants, state, tokens, marks)
     kept = jax.tree.map(lambda s: _like(s, s.shape[:2] + grid[2:] + s.shape[2:]), state)
@@ -103,15 +96,7 @@ def backward(plan: Plan, constants: Any, kept: Any, tokens: Any, marks: Any, slo
       kept: the checkpoints it returned.
       slopes: cotangents of y and of the last state.
     """
-    inputs = constants, kept, tokens, marks, *slopes
-    run = functools.partial(_backward, plan)
-    by_constants, *rest = _split(run, inputs, "cstmts", "sst", tokens)
-    return jax.tree.map(lambda c: c.sum(0), by_constants), *rest
-
-
-def _backward(
-    plan: Plan, constants: Any, kept: Any, tokens: Any, marks: Any, by_y: Any, by_last: Any
-):
+    by_y, by_last = slopes
     grid, specs = _layout(plan, kept, tokens, reverse=True)
     every = lambda tree: jax.tree.map(lambda x: _like(x, x.shape), tree)
     rows = jax.tree.leaves(tokens)[0].shape[0]
@@ -119,7 +104,7 @@ def _backward(
     first = jax.tree.map(lambda s: _like(s, s.shape[:2] + s.shape[3:]), kept)
     chunk = jax.tree.map(lambda s: _like(s, (plan.heads, *s.shape[3:])), kept)
     group = jax.tree.map(lambda s: _like(s, (plan.every, *s.shape)), chunk)
-    return _call(
+    by_constants, *rest = _call(
         plan,
         functools.partial(_backward_kernel, plan),
         f"{plan.name}_backward",
@@ -133,32 +118,7 @@ def _backward(
         out_specs=(specs.states, specs.states, specs.tokens),
         scratch=(chunk, group),
     )  # fmt: skip
-
-
-def _split(run: Callable, inputs: tuple, kinds: str, made: str, tokens: Any) -> Any:
-    """Runs on each device what it has: rows are split over "data", heads over "model".
-
-    A compiler cannot split a kernel by itself. Kinds: c constants [h, ...], s states and t tokens
-    [b, h, ...], m marks.
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.size <= 1 or mesh.are_all_axes_manual:
-        return run(*inputs)
-    b, h = jax.tree.leaves(tokens)[0].shape[:2]
-    row, head = _tpu.mesh_axis("data", b), _tpu.mesh_axis("model", h)
-
-    def spec(kind: str) -> Callable[[Any], PartitionSpec]:
-        if kind == "c":
-            return lambda x: PartitionSpec(head)
-        if kind == "m":
-            return lambda x: PartitionSpec(
-                row if x.shape[0] > 1 else None, head if x.shape[1] > 1 else None
-            )
-        return lambda x: PartitionSpec(row, head)
-
-    cut = [jax.tree.map(spec(kind), x) for kind, x in zip(kinds, inputs, strict=True)]
-    out = tuple(PartitionSpec(row, head) for _ in made)
-    return jax.shard_map(run, in_specs=tuple(cut), out_specs=out, check_vma=False)(*inputs)
+    return jax.tree.map(lambda c: c.sum(0), by_constants), *rest
 
 
 def _forward_kernel(plan, constants, first, tokens, marks, y, last, kept, state):

@@ -1,14 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the TPU kernels share: the room in VMEM, and the devices of the mesh in context."""
+"""What the TPU kernels share: the room in VMEM."""
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
-from jax.sharding import PartitionSpec
 
 VMEM_LIMIT = 56 * 2**20  # bytes a kernel may ask for: v5p and v7x have 64 MiB, v5e and v6e 128
 
@@ -17,29 +15,6 @@ def interpreter(tree: Any) -> Any:
     """Simulates a TPU's memories, NaN until written; its callbacks know no float64 (jax 0.11)."""
     wide = any(x.dtype == jnp.float64 for x in jax.tree.leaves(tree))
     return True if wide else pltpu.InterpretParams(uninitialized_memory="nan")
-
-
-def heads_per_device(h: int) -> int:
-    """How many of the heads a device of the mesh in context has."""
-    axis = mesh_axis("model", h)
-    return h if axis is None else h // jax.sharding.get_abstract_mesh().shape[axis]
-
-
-def split_rows(run: Callable, inputs: tuple, rows: Any) -> Any:
-    """Runs on each device the rows that it has; `rows` says which arrays have them first."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.size <= 1 or mesh.are_all_axes_manual:
-        return run(*inputs)
-    row = PartitionSpec(mesh_axis("data", inputs[0].shape[0]))
-    specs = jax.tree.map(lambda own: row if own else PartitionSpec(), rows)
-    return jax.shard_map(run, in_specs=specs, out_specs=row, check_vma=False)(*inputs)
-
-
-def mesh_axis(name: str, length: int) -> str | None:
-    """The axis, if the mesh in context has it, still splits by it, and it divides the length."""
-    mesh = jax.sharding.get_abstract_mesh()
-    free = name in mesh.axis_names and name not in mesh.manual_axes
-    return name if free and length % mesh.shape[name] == 0 else None
 
 
 def fit(plan: Any, *parts: Any) -> Any:

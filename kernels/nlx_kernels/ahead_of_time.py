@@ -61,19 +61,24 @@ def tpu_mesh(
       RuntimeError: libtpu is not installed.
       ValueError: a mesh larger than the topology.
     """
-    if not available():
-        raise RuntimeError(
-            'ahead_of_time: libtpu is not installed; it must be: pip install "nlx[aot]".'
-        )
-    for name, value in ALONE.items():
-        os.environ.setdefault(name, value)
-    devices = topologies.get_topology_desc(topology, "tpu").devices
+    devices = devices_of(topology)
     count = int(np.prod(shape))
     if count > len(devices):
         raise ValueError(
             f"ahead_of_time: the mesh {shape} has {count} devices; {topology} has {len(devices)}."
         )
     return Mesh(np.array(devices[:count]).reshape(shape), names)
+
+
+def devices_of(topology: str) -> list[Any]:
+    """The devices of a topology. Raises RuntimeError where libtpu is not installed."""
+    if not available():
+        raise RuntimeError(
+            'ahead_of_time: libtpu is not installed; it must be: pip install "nlx[aot]".'
+        )
+    for name, value in ALONE.items():
+        os.environ.setdefault(name, value)
+    return topologies.get_topology_desc(topology, "tpu").devices
 
 
 def compile_for_tpu(
@@ -91,13 +96,9 @@ def compile_for_tpu(
       jax.errors.JaxRuntimeError: what the compiler refuses, such as too much fast memory.
     """
     start = time.perf_counter()
-    with _uncached():
-        mesh = tpu_mesh(topology) if mesh is None else mesh
-        lowered = _lower(function, arguments, mesh)
-        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            compiled = lowered.compile()
+    program = compiled(function, *arguments, mesh=tpu_mesh(topology) if mesh is None else mesh)
     seconds = time.perf_counter() - start
-    memory: Any = compiled.memory_analysis()
+    memory: Any = program.memory_analysis()
     return Report(
         topology,
         seconds,
@@ -105,8 +106,16 @@ def compile_for_tpu(
         memory.output_size_in_bytes,
         memory.temp_size_in_bytes,
         memory.generated_code_size_in_bytes,
-        _kernels(compiled.as_text() or ""),
+        kernels_of(program.as_text() or ""),
     )
+
+
+def compiled(function: Callable[..., Any], *arguments: Any, mesh: Mesh) -> Any:
+    """The compiled program of `compile_for_tpu`, as jax gives it."""
+    with _uncached():
+        lowered = _lower(function, arguments, mesh)
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return lowered.compile()
 
 
 def kernels_for_tpu(function: Callable[..., Any], *arguments: Any, mesh: Mesh) -> set[str]:
@@ -123,7 +132,8 @@ def _lower(function: Callable[..., Any], arguments: Any, mesh: Mesh) -> Any:
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding if given else whole)
 
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        traced = jax.jit(function).trace(*jax.tree.map(described, arguments))
+        jitted = function if hasattr(function, "trace") else jax.jit(function)
+        traced = jitted.trace(*jax.tree.map(described, arguments))
         return traced.lower(lowering_platforms=("tpu",))
 
 
@@ -139,7 +149,7 @@ def _uncached():
         jax.config.update(option, before)
 
 
-def _kernels(text: str) -> dict[str, int]:
+def kernels_of(text: str) -> dict[str, int]:
     """Names and fast memory of the kernels in an optimised program's text."""
     found: dict[str, int] = {}
     for line in text.splitlines():

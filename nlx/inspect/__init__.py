@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The white box: levels as a table and as wiring, and what memories do while a text is read."""
 
+from nlx.inspect.flops import flops as flops
 from nlx.inspect.mixers import Link as Link
 from nlx.inspect.reading import Watched as Watched
 from nlx.inspect.reading import watch as watch

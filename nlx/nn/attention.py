@@ -20,6 +20,7 @@ from nlx.nn.checks import check_call
 from nlx.nn.linear import Linear, check_sizes
 from nlx.nn.rotary import rotate
 from nlx.nn.segments import positions, segment_index
+from nlx.parallel import by_heads, by_tokens
 
 READ, GIVEN = ("attention.query", "attention.key", "attention.value"), "attention.given"
 
@@ -178,14 +179,14 @@ class Attention(nnx.Module):
             state = self._append(state, key, value, where, index)
         if prefix is not None:
             parts.insert(0, self.prefix_part(query, prefix))
-        y = self.output(attend(parts).reshape(b, t, -1))
+        y = self.output(by_tokens(attend(parts).reshape(b, t, -1), "heads"))
         if state is not None and self.window is None:
             lost = _lost(state.key.shape[1], start, where, index)
             y = jnp.where(lost[:, :, None], jnp.nan, y)
         return y, state
 
     def _heads(self, linear: Linear, x: Float[Array, "b t d"]) -> Float[Array, "b t h d"]:
-        return linear(x).reshape(*x.shape[:2], -1, self.head_dim)
+        return by_heads(linear(x).reshape(*x.shape[:2], -1, self.head_dim))
 
     def key_value(
         self, x: Float[Array, "b t d"]

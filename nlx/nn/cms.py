@@ -16,6 +16,7 @@ from nlx.nn.checks import check_clocks, check_option
 from nlx.nn.feedforward import MLP, SwiGLU
 from nlx.nn.linear import parameter
 from nlx.nn.norm import RMSNorm
+from nlx.parallel import gathered
 
 Variant = Literal["sequential", "nested", "independent"]
 
@@ -34,9 +35,9 @@ class CMSBlock(nnx.Module):
         self.clock = clock
         self.rank = rank
 
-    def weights(self) -> ops.ChainBlock:
-        """As `nlx.ops.cms_chain` takes them."""
-        return ops.ChainBlock(scale=self.norm.scale[...], **self.mlp.weights())
+    def weights(self, dtype: DTypeLike | None = None) -> ops.ChainBlock:
+        """As `nlx.ops.cms_chain` takes them; dtype: of the matrices, None for the parameters'."""
+        return ops.ChainBlock(scale=gathered(self.norm.scale), **self.mlp.weights(dtype))
 
 
 class NestedLevel(nnx.Module):
@@ -117,8 +118,11 @@ class CMS(nnx.Module):
         del batch, capacity, dtype
         return ()
 
-    def weights(self) -> list[ops.ChainBlock]:
-        """The blocks that are in use, as `nlx.ops.cms_chain` takes them."""
+    def weights(self, dtype: DTypeLike | None = None) -> list[ops.ChainBlock]:
+        """The blocks that are in use, as `nlx.ops.cms_chain` takes them.
+
+        dtype: in which matrices that are used as they are may be given; None: the parameters'.
+        """
         if self.variant == "nested":
             levels = [level for level in self.levels if isinstance(level, NestedLevel)]
             shares = [[block.weights() for block in level.blocks] for level in levels]
@@ -126,7 +130,8 @@ class CMS(nnx.Module):
                 jax.tree.map(lambda *parts: sum(parts), *[level[n] for level in shares[n:]])
                 for n in range(len(shares))
             ]
-        blocks = [level.weights() for level in self.levels if isinstance(level, CMSBlock)]
+        dtype = None if self._parallel() else dtype
+        blocks = [level.weights(dtype) for level in self.levels if isinstance(level, CMSBlock)]
         return [_side_by_side(blocks, self.aggregate[...])] if self._parallel() else blocks
 
     def _parallel(self) -> bool:
@@ -140,7 +145,7 @@ class CMS(nnx.Module):
     ) -> tuple[Float[Array, "b t d"], tuple[()] | None]:
         """Maps every token alone; state and segments change nothing."""
         del segment_ids
-        return ops.cms_chain(x, self.weights(), activation=self.activation), state
+        return ops.cms_chain(x, self.weights(x.dtype), activation=self.activation), state
 
 
 def _nested(blocks: Sequence[CMSBlock]) -> list[NestedLevel]:

@@ -7,6 +7,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from nlx.nn.linear import check_sizes, normal, parameter
+from nlx.parallel import by_heads, gathered
 
 SPEEDS = (1.0, 16.0)
 STEPS = (1e-3, 1e-1)
@@ -34,6 +35,6 @@ class Decay(nnx.Module):
     ) -> tuple[Float[Array, "b t h"], Float[Array, "b t h"]]:
         """step and retain of every token."""
         wide = x.astype(jnp.promote_types(jnp.float32, x.dtype))
-        kernel = self.kernel[...].astype(wide.dtype)
-        step = jax.nn.softplus(wide @ kernel + self.bias[...][None, None])
+        logits = by_heads(wide @ gathered(self.kernel, wide.dtype))
+        step = jax.nn.softplus(logits + self.bias[...][None, None])
         return step, jnp.exp(-jnp.exp(self.log_speed[...])[None, None] * step)

@@ -5,9 +5,11 @@ from typing import Literal
 
 import jax
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from nlx.nn.linear import Linear
+from nlx.parallel import gathered
 
 
 class MLP(nnx.Module):
@@ -24,9 +26,9 @@ class MLP(nnx.Module):
         """Maps every token alone."""
         return self.down(jax.nn.gelu(self.up(x), approximate=True))
 
-    def weights(self) -> dict[str, Float[Array, "i o"]]:
-        """As `nlx.ops.ChainBlock` names them."""
-        return dict(up=self.up.kernel[...], down=self.down.kernel[...])
+    def weights(self, dtype: DTypeLike | None = None) -> dict[str, Float[Array, "i o"]]:
+        """As `nlx.ops.ChainBlock` names them; dtype: None for that of the parameters."""
+        return dict(up=gathered(self.up.kernel, dtype), down=gathered(self.down.kernel, dtype))
 
 
 class SwiGLU(nnx.Module):
@@ -47,7 +49,8 @@ class SwiGLU(nnx.Module):
         """Maps every token alone."""
         return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
 
-    def weights(self) -> dict[str, Float[Array, "i o"]]:
-        """As `nlx.ops.ChainBlock` names them."""
-        gate, up, down = (part.kernel[...] for part in (self.gate, self.up, self.down))
+    def weights(self, dtype: DTypeLike | None = None) -> dict[str, Float[Array, "i o"]]:
+        """As `nlx.ops.ChainBlock` names them; dtype: None for that of the parameters."""
+        parts = (self.gate, self.up, self.down)
+        gate, up, down = (gathered(part.kernel, dtype) for part in parts)
         return dict(gate=gate, up=up, down=down)

@@ -7,6 +7,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from nlx.nn.linear import check_sizes, normal, parameter
+from nlx.parallel import by_heads, gathered
 
 
 class Gate(nnx.Module):
@@ -22,4 +23,5 @@ class Gate(nnx.Module):
         """A number below 1 that bfloat16 can't hold, such as 0.9985, is not rounded up to 1."""
         wide = x.astype(jnp.promote_types(jnp.float32, x.dtype))
         bias = jnp.expand_dims(self.bias[...], range(x.ndim - 1))
-        return jax.nn.sigmoid(wide @ self.kernel[...].astype(wide.dtype) + bias)
+        logits = wide @ gathered(self.kernel, wide.dtype) + bias
+        return jax.nn.sigmoid(by_heads(logits) if x.ndim == 3 else logits)

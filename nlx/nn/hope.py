@@ -21,6 +21,7 @@ from nlx.nn.neural_memory import Read
 from nlx.nn.norm import RMSNorm
 from nlx.nn.recall import Ticks
 from nlx.nn.stream import Streams, unit
+from nlx.parallel import by_tokens
 from nlx.self_modifying import BOXES, Readouts, Token, self_modifying_nest
 
 STREAMS = ("query", "key", "value", "gate")
@@ -234,7 +235,7 @@ class SelfModifying(nnx.Module):
             erase=self.erase,
             segment_ids=segment_ids,
         )
-        y = self.norm(y).reshape(x.shape) * jax.nn.silu(self.gate(x))
+        y = by_tokens(self.norm(y).reshape(x.shape), "heads") * jax.nn.silu(self.gate(x))
         return self.output(y), HopeState(windows, memory)
 
     def _ask(self, x: Float[Array, "b t d"], windows: dict[str, Window] | None, segment_ids):

@@ -6,6 +6,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from nlx.parallel import gathered
+
 
 def parameter(value: Float[Array, "..."], axes: tuple[str | None, ...]) -> nnx.Param:
     """A parameter whose every axis has a logical name, or None: never sharded.
@@ -45,7 +47,7 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Float[Array, "*b i"]) -> Float[Array, "*b o"]:
         """Maps the last axis."""
-        return x @ self.kernel[...].astype(x.dtype)
+        return x @ gathered(self.kernel, x.dtype)
 
 
 class Embedding(nnx.Module):
@@ -58,9 +60,10 @@ class Embedding(nnx.Module):
 
     def __call__(self, tokens: Int[Array, "b t"]) -> Float[Array, "b t d"]:
         """tokens [b, t]: integers in [0, vocabulary); others are clipped by the look-up."""
-        table = self.table[...]
+        table = gathered(self.table)
+        tokens = tokens.astype(jnp.int32)  # XLA can't split a look-up of bytes over devices
         return table.shape[1] ** 0.5 * jnp.take(table, tokens, axis=0, mode="clip")
 
     def scores(self, x: Float[Array, "b t d"]) -> Float[Array, "b t s"]:
         """x E^T: the tied read-out."""
-        return x @ self.table[...].T.astype(x.dtype)
+        return x @ gathered(self.table, x.dtype).T

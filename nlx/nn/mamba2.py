@@ -14,6 +14,7 @@ from nlx.nn.linear_memory import LinearMemory
 from nlx.nn.norm import RMSNorm
 from nlx.nn.recall import Asked
 from nlx.nn.stream import Streams
+from nlx.parallel import by_tokens
 
 EXPANSION = 2
 
@@ -71,5 +72,5 @@ class Mamba2(LinearMemory):
     ) -> Float[Array, "b t d"]:
         """With the skip; gated before it is normalised."""
         skip = self.skip[...].astype(x.dtype)[None, None, :, None]
-        y = (o + skip * asked.stored.value).reshape(*x.shape[:2], -1)
+        y = by_tokens((o + skip * asked.stored.value).reshape(*x.shape[:2], -1), "heads")
         return self.output(self.norm(y * jax.nn.silu(self.gate(x))))

@@ -23,6 +23,7 @@ from nlx.nn.linear import Embedding, Linear
 from nlx.nn.mixer import make_mixer
 from nlx.nn.norm import RMSNorm
 from nlx.nn.presets import MixerName, ModelConfig
+from nlx.parallel import by_tokens
 from nlx.train import language_model_loss
 from nlx.writes import Write
 
@@ -85,7 +86,7 @@ class LanguageModel(nnx.Module):
 
     def embed(self, tokens: Int[Array, "b t"]) -> Float[Array, "b t d"]:
         """What the first block is given."""
-        return self.embedding(tokens).astype(self._dtype())
+        return by_tokens(self.embedding(tokens).astype(self._dtype()))
 
     def read_out(self, x: Float[Array, "b t d"]) -> Float[Array, "b t s"]:
         """Scores of the next token, at least float32, from what the last block gave."""
@@ -125,11 +126,15 @@ class LanguageModel(nnx.Module):
             after = []
             for graph, own, block_state in zip(graphs, *pattern, strict=True):
                 x, block_state = nnx.merge(graph, own)(x, block_state, segment_ids)
+                x = by_tokens(x)
                 after.append(block_state)
             return x, after
 
         if self.config.remat:
-            body = jax.checkpoint(body, prevent_cse=False)  # inside a scan there is nothing to join
+            name = self.config.remat
+            policy = None if name is True else getattr(jax.checkpoint_policies, name)
+            # inside a scan there is nothing to join
+            body = jax.checkpoint(body, prevent_cse=False, policy=policy)
         x, after = jax.lax.scan(body, x, (parameters, before))
         take = lambda n: jax.tree.map(lambda leaf: leaf[n // period], after[n % period])
         return x, tuple(take(n) for n in range(len(self.blocks)))

@@ -7,6 +7,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from nlx.nn.linear import check_sizes, parameter
+from nlx.parallel import gathered
 
 
 class RMSNorm(nnx.Module):
@@ -25,6 +26,6 @@ class RMSNorm(nnx.Module):
         """In x's dtype."""
         wide = x.astype(jnp.promote_types(jnp.float32, x.dtype))
         square = jnp.mean(jnp.square(wide), -1, keepdims=True)
-        scale = self.scale[...]
+        scale = gathered(self.scale)
         scale = jnp.expand_dims(scale, range(x.ndim - scale.ndim))
         return (wide * jax.lax.rsqrt(square + 1e-6) * scale).astype(x.dtype)

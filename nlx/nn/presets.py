@@ -22,6 +22,7 @@ MixerName = Literal[
     "self_modifying",
 ]
 FeedForward = Literal["swiglu", "cms"]
+Remat = Literal["nothing_saveable", "dots_saveable", "dots_with_no_batch_dims_saveable"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -85,8 +86,9 @@ class ModelConfig:
     """Whether the read-out shares the embedding's table."""
     context: int = 1024
     """Tokens that an attention cache holds unless it is told otherwise."""
-    remat: bool = False
-    """Keep what stands between blocks for the backward pass, and make all inside them again."""
+    remat: bool | Remat = False
+    """Keep what stands between blocks for the backward pass, and make all inside them again; or
+    keep of that what a policy of `jax.checkpoint_policies` says."""
     bfloat16: bool = False
     """Compute activations in bfloat16; parameters, gates, states and sums stay at least float32."""
 
@@ -137,6 +139,9 @@ def _check(name: str, value: Any, kind: Any) -> None:
         holds, must = isinstance(value, bool), "True or False"
     elif kind in (int, int | None):
         holds, must = whole(value) or (kind is not int and value is None), f"an integer >= {least}"
+    elif name == "remat":
+        holds = isinstance(value, bool) or value in get_args(Remat)
+        must = f"True, False or one of {', '.join(get_args(Remat))}"
     elif name == "then":
         holds = isinstance(value, tuple) and set(value) <= set(get_args(MixerName))
         must = f"any of {', '.join(get_args(MixerName))}"

@@ -7,6 +7,7 @@ from jaxtyping import Array, Float
 
 from nlx.nn.linear import Linear
 from nlx.nn.norm import RMSNorm
+from nlx.parallel import by_tokens
 
 
 class ReadOut(nnx.Module):
@@ -29,5 +30,5 @@ class ReadOut(nnx.Module):
         self, x: Float[Array, "b t d"], o: Float[Array, "b t h v"]
     ) -> Float[Array, "b t d"]:
         """x: the mixer's input."""
-        y = self.norm(o).reshape(*x.shape[:2], -1)
+        y = by_tokens(self.norm(o).reshape(*x.shape[:2], -1), "heads")
         return self.output(y if self.gate is None else y * jax.nn.silu(self.gate(x)))

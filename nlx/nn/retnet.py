@@ -13,6 +13,7 @@ from nlx.nn.readout import ReadOut
 from nlx.nn.recall import Asked
 from nlx.nn.rotary import speeds, turn
 from nlx.nn.segments import positions, segment_index
+from nlx.parallel import by_heads
 
 VALUE_EXPANSION = 2
 THETA = 10_000.0
@@ -73,7 +74,7 @@ class RetNet(LinearMemory):
         if before is not None:
             first = True if segment_ids is None else segment_index(segment_ids)[..., None] == 0
             angle += jnp.where(first, before[:, None], 0)
-        heads = lambda z: z.reshape(b, t, self.heads, -1)
+        heads = lambda z: by_heads(z.reshape(b, t, self.heads, -1))
         key = turn(heads(self.key(x)), angle) * self.key_dim**-0.5
         gamma = 1 - 2.0 ** (-5 - jnp.arange(self.heads, dtype=wide))
         retain = jnp.broadcast_to(gamma, (b, t, self.heads))

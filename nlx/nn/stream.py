@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from nlx.nn.convolution import Convolution, Window
 from nlx.nn.linear import Linear
+from nlx.parallel import by_heads
 
 
 class Stream(nnx.Module):
@@ -26,8 +27,10 @@ class Stream(nnx.Module):
         self, x: Float[Array, "b t i"], window: Window | None, segment_ids
     ) -> tuple[Float[Array, "b t h d"], Window]:
         """window: the convolution's state."""
-        y, window = self.convolution(self.map(x), window, segment_ids)
-        return jax.nn.silu(y).reshape(*x.shape[:2], self.heads, -1), window
+        split = (*x.shape[:2], self.heads, -1)
+        mapped = by_heads(self.map(x).reshape(split)).reshape(*x.shape[:2], -1)
+        y, window = self.convolution(mapped, window, segment_ids)
+        return by_heads(jax.nn.silu(y).reshape(split)), window
 
 
 class Streams(nnx.Dict):

@@ -14,6 +14,7 @@ from nlx.nn.linear import Linear
 from nlx.nn.neural_memory import NeuralMemory, NeuralMemoryState, Read
 from nlx.nn.norm import RMSNorm
 from nlx.nn.readout import ReadOut
+from nlx.parallel import by_tokens
 
 
 class TitansLMM(nnx.Module):
@@ -141,7 +142,8 @@ class TitansMAG(nnx.Module):
         prefix = None if persistent is None else persistent[...]
         attended, cache = self.attention(x, cache, segment_ids, prefix=prefix)
         recalled, long_term = self.long_term(x, long_term, segment_ids)
-        gate = jax.nn.silu(self.memory_norm(recalled.reshape(x.shape)))
+        recalled = by_tokens(recalled.reshape(x.shape), "heads")
+        gate = jax.nn.silu(self.memory_norm(recalled))
         return self.output(self.attention_norm(attended) * gate), TitansState(cache, long_term)
 
 

@@ -22,6 +22,7 @@ from nlx.nn.recall import Ticks
 from nlx.nn.rotary import rotate
 from nlx.nn.segments import positions
 from nlx.nn.stream import unit
+from nlx.parallel import by_tokens
 
 
 class Kept(NamedTuple):
@@ -267,6 +268,7 @@ class TitansMAC(nnx.Module):
         return ops.MemoryTokens(unit(q), unit(k), v, **gates)
 
     def _read_out(self, attended: Float[Array, "b t d"], recalled: Float[Array, "b t d"]):
+        attended, recalled = by_tokens(attended), by_tokens(recalled)
         return self.output(attended * jax.nn.silu(self.norms["learned"](recalled)))
 
     def _split(self, z: Float[Array, "b t d"]) -> Float[Array, "b t h d"]:

@@ -18,6 +18,7 @@ from nlx.nn.gate import Gate
 from nlx.nn.linear import Linear, check_sizes, normal
 from nlx.nn.readout import ReadOut
 from nlx.nn.recall import Asked, Ticks, recall
+from nlx.parallel import by_heads
 
 STREAMS = ("query", "key", "value")
 INITIAL_SCALE = 0.02
@@ -133,11 +134,13 @@ class TTT(nnx.Module):
         segment_ids: Int[Array, "b t"] | None,
     ) -> tuple[Asked, dict[str, Window]]:
         """What x asks and stores. before: the convolutions' inputs; None: nothing came before."""
-        made, windows = {name: linear(x) for name, linear in self.maps.items()}, {}
+        split = (*x.shape[:2], self.heads, -1)
+        mapped = lambda linear: by_heads(linear(x).reshape(split)).reshape(x.shape)
+        made, windows = {name: mapped(linear) for name, linear in self.maps.items()}, {}
         for name, convolution in self.convolutions.items():
             past = None if before is None else before[name]
             made[name], windows[name] = convolution(made[name], past, segment_ids)
-        query, key, value = (made[name].reshape(*x.shape[:2], self.heads, -1) for name in STREAMS)
+        query, key, value = (made[name].reshape(split) for name in STREAMS)
         return Asked(query, Association(key, value, rate=self.rate * self.eta(x))), windows
 
     def __call__(

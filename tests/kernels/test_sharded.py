@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ops on eight simulated devices, rows over "data" and heads over "model": as on one device.
+"""Ops on eight simulated devices, rows over "data" and heads over "tensor": as on one device.
 
 In float64, so that another order of sums can't pass for a mistake, or a mistake for it.
 """
@@ -12,8 +12,8 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 B, T, H, D, F = 8, 10, 8, 4, 3
-ROW, HEAD, BOTH = (PartitionSpec("data"), PartitionSpec("model"), PartitionSpec("data", "model"))
-TOKEN = PartitionSpec("data", None, "model")
+ROW, HEAD, BOTH = (PartitionSpec("data"), PartitionSpec("tensor"), PartitionSpec("data", "tensor"))
+TOKEN = PartitionSpec("data", None, "tensor")
 MESHES = ((4, 2), (8, 1), (2, 4))
 
 
@@ -62,7 +62,7 @@ def self_modifying_memory(n):
 
 
 def cms_chain(n):
-    up, down = PartitionSpec(None, "model"), PartitionSpec("model")
+    up, down = PartitionSpec(None, "tensor"), PartitionSpec("tensor")
     shared = (n.of(PartitionSpec(), D), n.of(up, D, 8), n.of(down, 8, D), n.of(up, D, 8))
     x = (n.random.normal(size=(n.rows, T, D)), ROW)
     return dict(x=x, weights=(nlx_kernels.ChainBlock(*shared),) * 2), {}
@@ -102,7 +102,7 @@ def compare(name, implementation, shape, rows):
     wanted = jax.jit(both_ways(op, options | dict(implementation="xla")))(given)
     options |= dict(implementation=implementation, interpret=implementation == "pallas_tpu")
     auto = (jax.sharding.AxisType.Auto,) * 2
-    mesh = jax.make_mesh(shape, ("data", "model"), axis_types=auto)
+    mesh = jax.make_mesh(shape, ("data", "tensor"), axis_types=auto)
 
     def place(x, spec):
         sizes = [mesh.shape.get(axis, 1) for axis in spec]

@@ -39,18 +39,65 @@ def test_step_is_the_optimizer_on_the_gradient():
         "loss": 12.5,
         "gradient_norm": np.sqrt(27),
         "skipped": 0,
+        "spiked": 0,
         "update_norm/fast": 0.5,
         "update_norm/slow": 0.1 * np.sqrt(2),
+        "gradient_norm/fast": 5.0,
+        "gradient_norm/slow": np.sqrt(2),
+        "parameter_norm/fast": np.hypot(2.7, 3.6),
+        "parameter_norm/slow": 0.1 * np.sqrt(2),
     }
     assert set(metrics) == set(expected)
     for name, value in expected.items():
         np.testing.assert_allclose(metrics[name], value, rtol=1e-6, err_msg=name)
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_parts_of_a_batch_are_the_batch(packed):
+    """To 1e-12, though the parts of packed rows score other numbers of tokens each."""
+    random = np.random.default_rng(0)
+    with jax.enable_x64(True):
+        graph, params = nnx.split(nn.LanguageModel(CONFIG, rngs=nnx.Rngs(0)))
+        batch = {"tokens": jnp.asarray(random.integers(0, 16, (6, 9)))}
+        if packed:
+            ids = np.cumsum(random.uniform(size=(6, 9)) < 0.4, 1)
+            batch["segment_ids"] = jnp.asarray(ids)
+            assert len({int(n) for n in (ids[:, 1:] == ids[:, :-1]).sum(1)}) > 1
+        loss, tx, found = train.language_model_loss(graph), optax.sgd(0.1), []
+        for accumulate in (1, 2, 6):
+            step = train.make_train_step(loss, tx, accumulate=accumulate, weigh=train.scored)
+            found.append(jax.jit(step)(train.init_train_state(params, tx), batch))
+    same = lambda *xs: [np.testing.assert_allclose(x, xs[0], rtol=1e-9, atol=1e-12) for x in xs]
+    jax.tree.map(same, *found)
+
+
+def test_parts_are_rows_apart_so_that_devices_share_each():
+    """Of rows 0, 1, 2, 3 in two parts, 0 and 2 come first."""
+    seen = []
+
+    def loss(params, batch):
+        jax.debug.callback(lambda rows: seen.append(np.asarray(rows).tolist()), batch, ordered=True)
+        return jnp.sum(params * batch)
+
+    step = train.make_train_step(loss, optax.sgd(0.1), accumulate=2)
+    jax.jit(step)(train.init_train_state(jnp.ones(()), optax.sgd(0.1)), jnp.arange(4.0))
+    jax.effects_barrier()
+    assert [rows for n, rows in enumerate(seen) if rows not in seen[:n]] == [[0, 2], [1, 3]]
+
+
+def test_accumulation_must_divide_the_rows():
+    with pytest.raises(ValueError, match="`accumulate` is 0; it must be an integer >= 1"):
+        train.make_train_step(quadratic, optax.sgd(0.1), accumulate=0)
+    step = train.make_train_step(quadratic, optax.sgd(0.1), accumulate=2)
+    with pytest.raises(ValueError, match="`accumulate` is 2; it must be a divisor of .* 3 rows"):
+        step(train.init_train_state(PARAMS, optax.sgd(0.1)), jnp.zeros((3, 2)))
+
+
 def test_without_labels_all_is_outer():
     step = train.make_train_step(quadratic, optax.sgd(0.1))
     _, metrics = step(train.init_train_state(PARAMS, optax.sgd(0.1)), jnp.zeros(2))
-    assert [name for name in metrics if "/" in name] == ["update_norm/outer"]
+    of_levels = {f"{kind}_norm/outer" for kind in ("update", "gradient", "parameter")}
+    assert {name for name in metrics if "/" in name} == of_levels
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
@@ -69,6 +116,41 @@ def test_step_that_is_not_finite_changes_nothing_and_is_counted(bad):
     unbroken, _ = step(state, jnp.zeros(2))
     same(again.params, unbroken.params)
     assert (int(again.skipped), int(metrics["skipped"])) == (1, 0)
+
+
+def spikes(factor, slopes):
+    """Which of some steps, whose gradients have these lengths, were skipped for their size."""
+    loss = lambda params, batch: jnp.sum(params["a"] * batch)
+    step = jax.jit(train.make_train_step(loss, optax.sgd(0.0), spike=factor))
+    state, found = train.init_train_state({"a": jnp.zeros(1)}, optax.sgd(0.0)), []
+    for slope in slopes:
+        state, metrics = step(state, jnp.array([slope]))
+        assert int(metrics["skipped"]) >= int(metrics["spiked"])
+        found.append(int(metrics["spiked"]))
+    assert int(state.skipped) == sum(found) + int(np.sum(~np.isfinite(slopes)))
+    return found, state
+
+
+def test_a_spike_is_skipped_and_does_not_count_as_usual():
+    usual = [1.0, 2.0, 3.0] * 6  # the median is 2
+    found, state = spikes(5.0, [*usual, 9.9, 10.1, np.nan, 10.1, 9.9])
+    assert found == [0] * len(usual) + [0, 1, 0, 1, 0]
+    kept = np.asarray(state.recent)
+    assert kept[-1] == np.float32(9.9)
+    assert np.sum(~np.isnan(kept)) == len(usual) + 2
+    assert spikes(None, [*usual, 1e9])[0][-1] == 0
+
+
+def test_few_steps_tell_no_spike():
+    assert spikes(2.0, [1.0] * (train.ENOUGH - 1) + [100.0])[0][-1] == 0
+    assert spikes(2.0, [1.0] * train.ENOUGH + [100.0])[0][-1] == 1
+    with pytest.raises(ValueError, match="`spike` is 1.0; it must be above 1"):
+        train.make_train_step(quadratic, optax.sgd(0.1), spike=1.0)
+
+
+def test_only_the_last_norms_are_looked_at():
+    found, _ = spikes(3.0, [1.0] * train.RECENT + [2.5] * train.RECENT + [7.0])
+    assert sum(found) == 0
 
 
 def test_loss_of_packed_rows_leaves_out_what_crosses_a_border():

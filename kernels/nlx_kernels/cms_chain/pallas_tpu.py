@@ -21,6 +21,7 @@ from nlx_kernels._derivative import differentiable
 from nlx_kernels.cms_chain import xla
 from nlx_kernels.cms_chain.block import ChainBlock
 from nlx_kernels.cms_chain.reference import ACTIVATIONS
+from nlx_kernels.placement import axes, on_each
 
 TOKENS, HIDDEN = 256, 512  # of a tile
 
@@ -45,9 +46,8 @@ def refusal(x, weights, *, interpret, **_) -> str | None:
     """Why the kernel cannot take a call, as the end of a sentence; None if it can."""
     if not interpret and x.dtype == jnp.float64:
         return "is for float32 and bfloat16; float64 is for interpret=True, or another form"
-    mesh = jax.sharding.get_abstract_mesh()
-    if dict(mesh.shape).get("model", 1) > 1:
-        return "is for a mesh that does not split weights over an axis 'model'"
+    if axes(("tensor",), 0):
+        return "is for a mesh that does not split weights over an axis 'tensor'"
     size = max(_needs(x, block) for block in weights)
     if size > _tpu.VMEM_LIMIT:
         return _tpu.sentence(size)
@@ -69,10 +69,11 @@ def _needs(x, block: ChainBlock) -> int:
 
 
 def _block(x, block: ChainBlock, activation: str, interpret: bool):
-    """One block on all tokens, each device of the mesh in context its rows."""
-    one = functools.partial(_one_device, activation, interpret)
-    rows = jax.tree.map(lambda _: block.up.ndim == 3, block)
-    return _tpu.split_rows(one, (x, block), (True, rows))
+    """One block on all tokens, each device of the mesh in context its rows and tokens."""
+    run = functools.partial(_one_device, activation, interpret)
+    parts = {"x": "bn", "block": "b" if block.up.ndim == 3 else "."}
+    b, n, _ = x.shape
+    return on_each(run, {"x": x, "block": block}, parts, "bn", b=b, n=n)
 
 
 def _one_device(activation: str, interpret: bool, x, block: ChainBlock):

@@ -18,6 +18,7 @@ from nlx_kernels import _tpu
 from nlx_kernels._derivative import differentiable
 from nlx_kernels.fast_update import xla
 from nlx_kernels.fast_update.carry import FastCarry
+from nlx_kernels.placement import axes, on_each
 
 TILE = 2**18  # numbers of a tile at most
 
@@ -61,9 +62,8 @@ def refusal(weights, carry, gradient, *, rate, interpret, **_) -> str | None:
     del carry, gradient, rate
     if not interpret and any(w.dtype == jnp.float64 for w in jax.tree.leaves(weights)):
         return "is for float32 and bfloat16; float64 is for interpret=True, or another form"
-    mesh = jax.sharding.get_abstract_mesh()
-    if dict(mesh.shape).get("model", 1) > 1:
-        return "is for a mesh that does not split weights over an axis 'model'"
+    if axes(("tensor",), 0):
+        return "is for a mesh that does not split weights over an axis 'tensor'"
     if not all(_tile(*_matrix(w.shape)[1:]) for w in jax.tree.leaves(weights)):
         return "is for arrays whose rows can be cut into tiles of 16 rows or a multiple"
     return None
@@ -88,9 +88,9 @@ def _tile(rows: int, columns: int) -> int:
 
 def _leaf(interpret: bool, part, gates, count, fires):
     """One array: its new weights, sum and momentum, each device of the mesh in context its rows."""
-    inputs = count, fires, part, gates
-    rows = jax.tree.map(lambda _: True, inputs)
-    return _tpu.split_rows(functools.partial(_one_device, interpret), inputs, rows)
+    given = dict(count=count, fires=fires, part=part, gates=gates)
+    run = functools.partial(_one_device, interpret)
+    return on_each(run, given, dict.fromkeys(given, "b"), "b", b=len(count))
 
 
 def _one_device(interpret: bool, count, fires, part, gates):

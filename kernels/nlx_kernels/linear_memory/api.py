@@ -10,6 +10,7 @@ from nlx_kernels._checks import Checker
 from nlx_kernels._dispatch import Implementation, Kernel, choose
 from nlx_kernels.linear_memory import mosaic_gpu, pallas_tpu, reference, xla
 from nlx_kernels.linear_memory.finite import guarded
+from nlx_kernels.placement import on_each
 
 OFFERED = {
     "xla": guarded(xla.linear_memory),
@@ -76,7 +77,14 @@ def linear_memory(
         "linear_memory", q, k, v, retain=retain, erase=erase, rate=rate, state=state, read=read,
         segment_ids=segment_ids, block_size=block_size,
     )  # fmt: skip
-    return run(given.pop("q"), given.pop("k"), given.pop("v"), **given)
+    options = {name: given.pop(name) for name in ("read", "block_size")}
+    parts = dict.fromkeys(given, "b.h") | {"state": "bh", "segment_ids": "b"}
+    b, _, h, _ = q.shape
+
+    def part(q, k, v, **rest):
+        return run(q, k, v, **rest, **options)
+
+    return on_each(part, given, parts, ("b.h", "bh"), b=b, h=h)
 
 
 def checked(

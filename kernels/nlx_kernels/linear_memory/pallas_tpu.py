@@ -91,7 +91,7 @@ def _plan(settings, *arrays):
     """The plan for a call, and the shapes of what it works on, with one row."""
     read, block_size, interpret = settings
     *tokens, state = jax.eval_shape(lambda arrays: [x[:1] for x in arrays], arrays[:-1])
-    t, heads = tokens[0].shape[1], _tpu.heads_per_device(tokens[0].shape[2])
+    t, heads = tokens[0].shape[1], tokens[0].shape[2]
     plan = chunk_scan.Plan(
         name="linear_memory",
         step=functools.partial(_step, read),

@@ -11,6 +11,7 @@ from nlx_kernels._dispatch import Implementation, Kernel, choose
 from nlx_kernels._finite import quarantine
 from nlx_kernels.mlp_memory import pallas_tpu, reference, xla
 from nlx_kernels.mlp_memory.state import MLPMemoryState
+from nlx_kernels.placement import on_each
 
 OFFERED = {
     "xla": xla.mlp_memory,
@@ -115,11 +116,19 @@ def mlp_memory(
         state = _state(check, state, momentum is not None)
     written = {"k": k, "v": v, "rate": rate, "retain": retain, "momentum": momentum, "erase": erase}
     q, written, state, mark = quarantine(q, written, state, segment_ids)
-    y, new_state = run(
-        q, **written, weights=weights, state=state, chunk_size=chunk_size, read=read,
-        activation=activation, residual=residual, norm=norm, clip=clip, bound=bound,
-        segment_ids=segment_ids,
-    )  # fmt: skip
+    given = {"q": q, **written, "weights": weights, "state": state, "segment_ids": segment_ids}
+    a_state = MLPMemoryState("bh", "bh", None if momentum is None else "bh", "b")
+    special = {"weights": "h", "state": None if state is None else a_state, "segment_ids": "b"}
+
+    def part(q, **rest):
+        return run(
+            q, **rest, chunk_size=chunk_size, read=read, activation=activation, residual=residual,
+            norm=norm, clip=clip, bound=bound,
+        )  # fmt: skip
+
+    parts = dict.fromkeys(given, "b.h") | special
+    b, _, h, _ = q.shape
+    y, new_state = on_each(part, given, parts, ("b.h", a_state), b=b, h=h)
     return mark(y.astype(q.dtype), new_state)
 
 

@@ -13,6 +13,7 @@ from nlx_kernels._chunk import Piece
 from nlx_kernels._finite import quarantine
 from nlx_kernels.mlp_memory import reference, xla
 from nlx_kernels.mlp_memory.state import MLPMemoryState
+from nlx_kernels.placement import on_each
 
 Recall = Callable[[Float[Array, "b h c k"]], Float[Array, "b h c v"]]
 Make = Callable[[Recall, Any, Int[Array, " b"], Any, Piece], xla.Made]
@@ -82,11 +83,18 @@ def generated_memory(
     given, carried = _one_head(inputs, 3), _one_head((state, kept), 2)
     _, given, carried, mark = quarantine(given, given, carried, segment_ids)
     inputs, (state, kept) = _like(given, inputs), _like(carried, (state, kept))
-    recalled, output, *after = xla.scan(
-        make, inputs, kept, weights=weights, state=state, momentum=momentum,
-        chunk_size=chunk_size, read=read, activation=activation, residual=residual, norm=norm,
-        clip=clip, bound=bound, segment_ids=segment_ids,
-    )  # fmt: skip
+    given = dict(inputs=inputs, kept=kept, weights=weights, state=state, segment_ids=segment_ids)
+
+    def part(inputs, kept, **rest):
+        return xla.scan(
+            make, inputs, kept, **rest, momentum=momentum, chunk_size=chunk_size, read=read,
+            activation=activation, residual=residual, norm=norm, clip=clip, bound=bound,
+        )  # fmt: skip
+
+    # `make` may mix heads, so all heads of a row are on one device: rows go over the whole mesh.
+    parts = dict.fromkeys(given, "r") | {"weights": "."}
+    rows = len(jax.tree.leaves(inputs)[0])
+    recalled, output, *after = on_each(part, given, parts, ("r",) * 4, r=rows)
     recalled, (new_state, new_kept) = mark(recalled, tuple(after))
     return recalled, mark(output, ())[0], new_state, new_kept
 

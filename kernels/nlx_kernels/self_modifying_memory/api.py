@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Int
 from nlx_kernels._checks import Checker
 from nlx_kernels._dispatch import Implementation, Kernel, choose
 from nlx_kernels._finite import quarantine
+from nlx_kernels.placement import on_each
 from nlx_kernels.self_modifying_memory import pallas_tpu, reference, xla
 from nlx_kernels.self_modifying_memory.state import (
     SelfModifyingParameters,
@@ -109,11 +110,21 @@ def self_modifying_memory(
     if state is not None:
         state = _state(check, state, set(parameters.memories), momentum is not None)
     q, (x, momentum), state, mark = quarantine(q, (x, momentum), state, segment_ids)
-    y, new_state = run(
-        x, q, parameters=parameters, state=state, chunk_size=chunk_size,
-        projection_chunk_size=projection_chunk_size, read=read, momentum=momentum, erase=erase,
-        activation=activation, clip=clip, bound=bound, segment_ids=segment_ids,
-    )  # fmt: skip
+    given = dict(
+        x=x, q=q, parameters=parameters, state=state, momentum=momentum, segment_ids=segment_ids
+    )
+    a_state = SelfModifyingState("bh", "bh", None if momentum is None else "bh", "b")
+    special = {"parameters": "h", "state": None if state is None else a_state, "segment_ids": "b"}
+
+    def part(x, q, **rest):
+        return run(
+            x, q, **rest, chunk_size=chunk_size, projection_chunk_size=projection_chunk_size,
+            read=read, erase=erase, activation=activation, clip=clip, bound=bound,
+        )  # fmt: skip
+
+    parts = dict.fromkeys(given, "b.h") | special
+    b, _, h, _ = q.shape
+    y, new_state = on_each(part, given, parts, ("b.h", a_state), b=b, h=h)
     return mark(y.astype(q.dtype), new_state)
 
 

@@ -211,10 +211,11 @@ def test_blocks_alone_are_checked_as_the_model_is():
 
 
 def test_remat_keeps_less_and_changes_nothing():
-    """Of four layers the backward pass is given what stands between them, and little more."""
+    """Of four layers the backward pass is given what stands between them, and little more; with a
+    policy the products too."""
     config = dataclasses.replace(nn.preset("hope-tiny"), layers=4, width=32, hidden=32, heads=2)
     tokens, kept, slopes = jnp.arange(33)[None], [], []
-    for remat in (False, True):
+    for remat in (False, True, "dots_with_no_batch_dims_saveable"):
         model = nn.LanguageModel(dataclasses.replace(config, remat=remat), rngs=nnx.Rngs(0))
         graph, params = nnx.split(model)
         loss = train.language_model_loss(graph)
@@ -222,8 +223,10 @@ def test_remat_keeps_less_and_changes_nothing():
         slopes.append(jax.jit(jax.grad(run))(params))
         _, pull = jax.eval_shape(lambda params, run=run: jax.vjp(run, params), params)
         kept.append(sum(x.size for x in jax.tree.leaves(pull)))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), *slopes)
+    agree = lambda *leaves: [np.testing.assert_allclose(x, leaves[0], atol=1e-6) for x in leaves]
+    jax.tree.map(agree, *slopes)
     assert kept[1] < 0.5 * kept[0], kept
+    assert kept[1] < kept[2] < kept[0], kept
 
 
 def test_labels_name_the_level_of_every_parameter(built):

@@ -45,7 +45,7 @@ def step(name, batch, tokens, layers, mesh=None):
     if mesh is not None:
         split = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
         params = jax.tree.map(split, params, parallel.parameter_shardings(model, mesh))
-        rows = NamedSharding(mesh, PartitionSpec("data"))
+        rows = NamedSharding(mesh, PartitionSpec("fsdp"))
     loss = train.language_model_loss(graph)
 
     def descend(params, tokens):
@@ -83,7 +83,7 @@ slow = pytest.mark.slow
     ("name", "layers", "shape", "kernels", "as_xla"),
     [
         ("hope-340m", 1, (4, 1), HOPE | CMS, set()),
-        ("hope-340m", 1, (2, 2), HOPE, CMS),  # no kernel for weights split over "model"
+        ("hope-340m", 1, (2, 2), HOPE, CMS),  # no kernel for weights split over "tensor"
         pytest.param("hope-340m", WHOLE, (4, 1), HOPE | CMS, set(), marks=slow),
         pytest.param("hope-1.3b", WHOLE, (2, 2), HOPE, CMS, marks=slow),
         ("hope-attention-340m", WHOLE, (4, 1), CMS, set()),
@@ -95,7 +95,7 @@ slow = pytest.mark.slow
     ],
 )
 def test_a_step_for_tpus_holds_its_kernels(name, layers, shape, kernels, as_xla, plain):
-    mesh = ahead_of_time.tpu_mesh("v5p:2x2x1", shape, ("data", "model"))
+    mesh = ahead_of_time.tpu_mesh("v5p:2x2x1", shape, ("fsdp", "tensor"))
     run, *given = step(name, 4, 128, layers, mesh)
     assert ahead_of_time.kernels_for_tpu(run, *given, mesh=mesh) == kernels
     assert plain == as_xla
@@ -127,7 +127,7 @@ def test_a_step_for_a_gpu_holds_its_kernels(name, kernels, as_xla, plain):
 @slow
 @pytest.mark.parametrize("name", ["hope-340m", "hope-1.3b"])
 def test_hopes_training_step_compiles_for_64_tpus(name):
-    mesh = ahead_of_time.tpu_mesh("v5p:4x4x4", (16, 4), ("data", "model"))
+    mesh = ahead_of_time.tpu_mesh("v5p:4x4x4", (16, 4), ("fsdp", "tensor"))
     run, *given = step(name, 64, 4096, 2, mesh)
     report = ahead_of_time.compile_for_tpu(run, *given, topology="v5p:4x4x4", mesh=mesh)
     assert set(report.kernels) == HOPE

@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whole models on meshes of eight simulated devices: loss and slopes are those of one device."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from nlx_experiments import collectives
+
+from nlx import nn, parallel, train
+
+MESHES = {
+    "data": dict(data=8),
+    "fsdp": dict(data=1, fsdp=8),
+    "tensor": dict(data=2, tensor=4),
+    "sequence": dict(data=2, sequence=4),
+    "all": dict(data=1, fsdp=2, tensor=2, sequence=2),
+}
+# Eight rows of 32 tokens, two segments in some; heads that every axis divides.
+B, T = 8, 32
+SIZES = dict(vocabulary=64, width=32, heads=4, layers=2, hidden=16, chunk_size=4)
+FIELDS = dict(projection_chunk_size=8, memory_hidden=4, window=8)
+
+
+def config(name):
+    made = nn.preset(f"{name}-tiny")
+    pattern = len(made.mixers)
+    sizes = SIZES | FIELDS | {"layers": max(2, pattern)}
+    return dataclasses.replace(made, **sizes)
+
+
+def compare(name, mesh_names):
+    """Raises unless loss and slopes on each mesh are those on one device, in float64."""
+    made = config(name)
+    model = nn.LanguageModel(made, rngs=nnx.Rngs(0))
+    graph, params = nnx.split(model)
+    random = np.random.default_rng(0)
+    tokens = random.integers(0, 64, (B, T + 1))
+    segments = np.cumsum(random.uniform(size=tokens.shape) < 0.05, 1)
+    batch = {"tokens": jnp.asarray(tokens), "segment_ids": jnp.asarray(segments)}
+    both = lambda params, batch: jax.value_and_grad(train.language_model_loss(graph))(params, batch)
+    wanted = jax.jit(both)(params, batch)
+    for mesh_name in mesh_names:
+        mesh = parallel.make_mesh(**MESHES[mesh_name])
+        placed = jax.device_put(params, parallel.parameter_shardings(model, mesh))
+        rows = jax.device_put(batch, parallel.batch_sharding(mesh))
+        with jax.set_mesh(mesh):
+            compiled = jax.jit(both).lower(placed, rows).compile()
+        got = compiled(placed, rows)
+        agree = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12)
+        jax.tree.map(agree, got, wanted)
+        found = collectives.in_loops_of_loops(compiled.as_text())
+        assert not found, (name, mesh_name, found)
+
+
+def eight_devices(name, mesh_names):
+    jax.config.update("jax_enable_x64", True)
+    jax.config.update("jax_numpy_rank_promotion", "raise")
+    sizes = lambda **given: tuple(parallel.make_mesh(**given).shape.values())
+    assert sizes(fsdp=2, tensor=2) == (2, 2, 2, 1)
+    assert sizes(data=2, sequence=-1) == (2, 1, 1, 4)
+    compare(name, mesh_names)
+
+
+@pytest.mark.parametrize(
+    ("name", "meshes"),
+    [
+        ("hope", ["all"]),
+        *(
+            pytest.param(name, list(MESHES), marks=pytest.mark.slow)
+            for name in ("hope", "titans-mac", "transformer++", "gated-deltanet", "titans-lmm")
+        ),
+        pytest.param("samba", ["tensor", "sequence"], marks=pytest.mark.slow),
+    ],
+)
+def test_a_mesh_changes_nothing(name, meshes, on_eight_devices):
+    on_eight_devices(__file__, "eight_devices", name, meshes)
