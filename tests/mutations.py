@@ -846,7 +846,7 @@ MUTATIONS = (
     Mutation(
         "a kernel in a CMS's training step for TPUs",
         "kernels/nlx_kernels/cms_chain/pallas_tpu.py",
-        '    if dict(mesh.shape).get("model", 1) > 1:\n',
+        '    if axes(("tensor",), 0):\n',
         "    if True:\n",
         OF_STEPS,
     ),

@@ -2,19 +2,20 @@
 """Checkpoints: written in the background, kept rolling, never believed without their checksums.
 
 A checkpoint holds named trees of arrays ("weights", "memories", ...), the position in the data and
-a CRC-32 of every array. It becomes visible under its step's name only when it is whole (Orbax
-renames it there), so a killed save leaves nothing to mistake for one; a visible checkpoint that
-was damaged afterwards fails to load or fails its checksums, is moved aside, and the one before it
-is used. One that is whole and doesn't fit was made by other code: it stays, and is refused. Who
-only reads moves nothing, so that a training under way isn't disturbed. Arrays are read by
-TensorStore and the rest as JSON: loading never unpickles.
+checksums of every array (`checksums`). It becomes visible under its step's name only when it is
+whole (Orbax renames it there), so a killed save leaves nothing to mistake for one. Older ones are
+removed only when a newer one was read back from the disk and found to be what was saved. A visible
+checkpoint that was damaged afterwards fails to load or fails its checksums, is moved aside, and the
+one before it is used. One that is whole and doesn't fit was made by other code: it stays, and is
+refused. Who only reads moves nothing, so that a training under way isn't disturbed. Arrays are read
+by TensorStore and the rest as JSON: loading never unpickles. Any mesh can read them, and any number
+of processes.
 """
 
 import logging
 import os
 import pathlib
 import shutil
-import zlib
 from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -25,6 +26,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jaxtyping import PyTree
 
+from nlx_experiments import checksums, hosts
 from nlx_experiments.errors import Refused
 
 PROGRESS = "progress"
@@ -41,16 +43,25 @@ class Saved(NamedTuple):
 class Checkpoints:
     """The checkpoints of one run, newest `keep` of them; a context manager."""
 
-    def __init__(self, folder: pathlib.Path, *, keep: int | None, say: Callable[[str], None]):
+    def __init__(
+        self,
+        folder: pathlib.Path,
+        *,
+        keep: int | None,
+        say: Callable[[str], None],
+        keep_every: int | None = None,
+    ):
         """Opens `folder`.
 
-        keep: checkpoints to keep, >= 1; None: only to read, and nothing in the folder is changed.
-        say: receives one sentence for each checkpoint that is passed over.
+        keep: newest checkpoints to keep, >= 1; None: only to read, and nothing in the folder is
+        changed. say: receives one sentence for each checkpoint that is passed over. keep_every:
+        those of steps that are a multiple of it stay for ever; None: none does.
         """
         logging.getLogger("absl").setLevel(logging.ERROR)
         self.folder, self.say, self.reads = folder.absolute(), say, keep is None
+        self.keep, self.keep_every = keep, keep_every
+        self._saved: int | None = None  # a step that is not known to be whole on the disk
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep,
             enable_async_checkpointing=not self.reads,
             cleanup_tmp_directories=not self.reads,
             read_only=self.reads,
@@ -73,7 +84,8 @@ class Checkpoints:
     ) -> None:
         """Waits for the save under way."""
         try:
-            self.wait()
+            if error is None or hosts.count() == 1:  # others may be gone
+                self.wait()
         except Refused:
             if error is None:
                 raise
@@ -84,49 +96,72 @@ class Checkpoints:
         """Copies everything and writes it in the background; a step already saved is left alone.
 
         Raises:
-          Refused: this or the previous save failed (a full disk, a folder taken away).
+          Refused: this or the previous save failed (a full disk, a folder taken away), or what was
+          read back is not what was saved.
         """
+        self.wait()
         if step in self.manager.all_steps():
             return
-        self._guarded(step, lambda: self._check_space(trees))
-        checksums = {name: _checksums(tree) for name, tree in trees.items()}
+        self._guarded(step, lambda: hosts.by_first(lambda: self._check_space(trees)))
+        sums = {name: checksums.of_tree(_plain(tree)) for name, tree in trees.items()}
         items = {name: ocp.args.StandardSave(_plain(tree)) for name, tree in trees.items()}
-        progress = ocp.args.JsonSave({"position": position, "checksums": checksums})
+        progress = ocp.args.JsonSave({"position": position, "sums": sums})
         self._guarded(
             step,
             lambda: self.manager.save(
                 step, args=ocp.args.Composite(**items, **{PROGRESS: progress}), force=True
             ),
         )
+        self._saved = step
 
     def wait(self) -> None:
-        """Returns when the save under way, if any, is on the disk."""
+        """Returns when the save under way, if any, is on the disk and was read back.
+
+        Raises Refused as `save` does.
+        """
         self._guarded(self.manager.latest_step(), self.manager.wait_until_finished)
+        if self._saved is None or self.keep is None:
+            return
+        step, self._saved = self._saved, None
+        self._guarded(step, lambda: hosts.by_first(lambda: self._read_back(step)))
+        kept = sorted(self.manager.all_steps())
+        for old in kept[: -self.keep]:
+            if self.keep_every is None or old % self.keep_every:
+                self.manager.delete(old)
+
+    def last(self) -> int | None:
+        """The step of the newest one."""
+        return self.manager.latest_step()
 
     def restore(self, like: Mapping[str, PyTree]) -> Saved | None:
         """The newest whole checkpoint, or None if there never was one.
 
         Args:
-          like: the trees wanted, with the structure, shapes and dtypes they must have.
+          like: the trees wanted, with the structure, shapes, dtypes and places they must have.
 
         Raises:
           Refused: one is whole, but of other trees; or there were some, and all are damaged.
         """
         steps = sorted(self.manager.all_steps(), reverse=True)
         for n, step in enumerate(steps):
+            saved, error = None, None
             try:
                 saved = self._read(step, like)
-            except Exception as error:  # whatever damage makes the readers raise
-                if self._is_whole(step, like):
-                    raise Refused(
-                        f"the checkpoint of step {step} in {self.folder} is whole, but holds other "
-                        f"arrays than are wanted now ({_reason(error, 300)}). It was made by other "
-                        "code or another version of a library: go on with that one, or begin anew "
-                        "in another folder."
-                    ) from error
-                self._pass_over(step, error, steps[n + 1 :])
-            else:
+            except Refused:
+                raise
+            except Exception as found:  # whatever damage makes the readers raise
+                error = found
+            if not hosts.any_of(error is not None):
                 return saved
+            error = error or ValueError("another process cannot read it")
+            if hosts.any_of(self._is_whole(step, like)):
+                raise Refused(
+                    f"the checkpoint of step {step} in {self.folder} is whole, but holds other "
+                    f"arrays than are wanted now ({_reason(error, 300)}). It was made by other "
+                    "code or another version of a library: go on with that one, or begin anew "
+                    "in another folder."
+                ) from error
+            self._pass_over(step, error, steps[n + 1 :])
         if steps or self._damaged.exists():
             raise Refused(
                 f"no checkpoint in {self.folder} is whole any more; to begin anew, choose another "
@@ -144,32 +179,64 @@ class Checkpoints:
         composite = ocp.args.Composite(**templates, **{PROGRESS: ocp.args.JsonRestore()})
         found = self.manager.restore(step, args=composite)
         progress = found[PROGRESS]
-        trees = {name: _restored(tree, found[name]) for name, tree in like.items()}
-        for name, tree in trees.items():
-            if _checksums(tree) != progress["checksums"][name]:
+        if "sums" not in progress:
+            raise Refused(
+                f"the checkpoint of step {step} in {self.folder} was saved by an nlx that is too "
+                "old to be gone on from; begin anew in another folder."
+            )
+        for name in like:
+            if checksums.of_tree(found[name]) != progress["sums"][name]:
                 raise ValueError(f"its {name} do not match their checksums")
+        trees = {name: _restored(tree, found[name]) for name, tree in like.items()}
         return Saved(step, trees, progress["position"])
 
     def _is_whole(self, step: int, like: Mapping[str, PyTree]) -> bool:
-        """Whether it can be read as it is, with the checksums it was saved with."""
-        anything = {name: ocp.args.StandardRestore() for name in like}
-        wanted = ocp.args.Composite(**anything, **{PROGRESS: ocp.args.JsonRestore()})
+        """Whether it can be read as it is, with the checksums it was saved with; first process."""
+        if not hosts.first():
+            return False
         try:
-            found = self.manager.restore(step, args=wanted)
+            saved = self._sums(step)
+            return all(
+                _values(self._from_disk(step, name)) == _values(saved[name]) for name in like
+            )
         except Exception:  # whatever damage makes the readers raise
             return False
-        values = lambda sums: sorted(sums.values())  # the names of paths depend on the code
-        saved = found[PROGRESS]["checksums"]
-        return all(values(_sums(found[name])) == values(saved[name]) for name in like)
+
+    def _read_back(self, step: int) -> None:
+        """Raises ValueError unless what is on the disk is what was saved; first process."""
+        for name, sums in self._sums(step).items():
+            if _values(self._from_disk(step, name)) != _values(sums):
+                raise ValueError(f"its {name}, read back from the disk, are not what was saved")
+
+    def _sums(self, step: int) -> dict[str, dict[str, str]]:
+        """The checksums that it was saved with."""
+        handler = ocp.Checkpointer(ocp.JsonCheckpointHandler(), multiprocessing_options=_alone())
+        with handler as reader:
+            return reader.restore(self.folder / str(step) / PROGRESS)["sums"]
+
+    def _from_disk(self, step: int, name: str) -> dict[str, str]:
+        """The checksums of one tree as it lies on the disk."""
+        path = self.folder / str(step) / name
+        handler = ocp.Checkpointer(ocp.PyTreeCheckpointHandler(), multiprocessing_options=_alone())
+        with handler as reader:
+            there: Any = reader.metadata(path)
+            as_numpy = lambda _: ocp.RestoreArgs(restore_type=np.ndarray)
+            wanted = jax.tree.map(as_numpy, there.item_metadata.tree)
+            found = reader.restore(path, args=ocp.args.PyTreeRestore(restore_args=wanted))
+        return checksums.of_tree(found)
 
     def _pass_over(self, step: int, error: Exception, rest: list[int]) -> None:
         where = ""
         if not self.reads:
             target = self._damaged / str(step)
-            target.parent.mkdir(exist_ok=True)
             while target.exists():
                 target = target.with_name(target.name + "+")
-            os.replace(self.folder / str(step), target)
+
+            def move() -> None:
+                target.parent.mkdir(exist_ok=True)
+                os.replace(self.folder / str(step), target)
+
+            hosts.by_first(move)
             self.manager.reload()
             where = f"it now lies in {target}, and "
         self.say(
@@ -198,24 +265,24 @@ class Checkpoints:
 
 def digest(trees: Mapping[str, PyTree]) -> dict[str, dict[str, str]]:
     """The checksum of every array, by tree and path: equal if and only if the bits are."""
-    return {name: _checksums(tree) for name, tree in trees.items()}
+    return {name: checksums.of_tree(_plain(tree)) for name, tree in trees.items()}
+
+
+def _alone() -> Any:
+    """For what one process reads by itself."""
+    this = jax.process_index()
+    return ocp.options.MultiprocessingOptions(
+        primary_host=this, active_processes={this}, barrier_sync_key_prefix="alone"
+    )
+
+
+def _values(sums: Mapping[str, str]) -> list[str]:
+    """Without the names of paths, which depend on the code."""
+    return sorted(sums.values())
 
 
 def _reason(error: Exception, limit: int) -> str:
     return " ".join(str(error).split())[:limit] or type(error).__name__
-
-
-def _checksums(tree: PyTree) -> dict[str, str]:
-    return _sums(_plain(tree))
-
-
-def _sums(plain: PyTree) -> dict[str, str]:
-    leaves, _ = jax.tree_util.tree_flatten_with_path(plain)
-    return {jax.tree_util.keystr(path): _checksum(np.asarray(leaf)) for path, leaf in leaves}
-
-
-def _checksum(array: np.ndarray) -> str:
-    return f"{zlib.crc32(array.tobytes()):08x} {array.dtype} {list(array.shape)}"
 
 
 def _is_key(leaf: Any) -> bool:
@@ -224,7 +291,8 @@ def _is_key(leaf: Any) -> bool:
 
 def _plain(tree: PyTree) -> PyTree:
     """The tree under a name, as Orbax wants it, with random keys as the integers behind them."""
-    return {"tree": jax.tree.map(lambda x: jax.random.key_data(x) if _is_key(x) else x, tree)}
+    numbers = lambda x: np.asarray(jax.random.key_data(x)) if _is_key(x) else x
+    return {"tree": jax.tree.map(numbers, tree)}
 
 
 def _restored(like: PyTree, tree: PyTree) -> PyTree:

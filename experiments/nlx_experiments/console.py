@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a person sees while it learns, and how they stop it."""
 
+import math
 import signal
 import sys
+import time
 from collections.abc import Mapping
 from types import FrameType
 from typing import Any, Protocol
@@ -58,6 +60,20 @@ class Lines:
         say(f"{self.name}  step {step}/{self.steps}  {_summary(bits, speed, updates)}")
 
 
+class Silent:
+    """Shows nothing: another process does."""
+
+    def __enter__(self) -> "Silent":
+        """Returns itself."""
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        """Nothing to clear."""
+
+    def show(self, step: int, bits: float, speed: float, updates: Mapping[str, float]) -> None:
+        """Nothing."""
+
+
 class Bar:
     """A progress bar, and under it the same numbers."""
 
@@ -89,13 +105,22 @@ def _summary(bits: float, speed: float, updates: Mapping[str, float]) -> str:
 
 
 class StopRequest:
-    """Turns the first SIGINT or SIGTERM into a flag, and a second one into KeyboardInterrupt."""
+    """Turns the first SIGINT or SIGTERM into a flag, and a second one into KeyboardInterrupt.
+
+    Time that is over is a request too, without a signal.
+    """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
-    def __init__(self) -> None:
-        """No request so far."""
+    def __init__(self, minutes: float | None = None) -> None:
+        """No request so far. minutes: after which there is one; None: never."""
         self.received: signal.Signals | None = None
+        self.end = math.inf if minutes is None else time.monotonic() + 60 * minutes
+
+    @property
+    def asked(self) -> bool:
+        """Whether to save and leave."""
+        return self.received is not None or time.monotonic() > self.end
 
     def __enter__(self) -> "StopRequest":
         """Takes the signals over."""

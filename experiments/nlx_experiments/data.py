@@ -233,7 +233,31 @@ class Windows:
         return {"tokens": self.stream[start : start + self.length + 1], "window": np.int64(index)}
 
 
-def training_data(stream: Stream, *, length: int, batch: int, seed: int) -> grain.MapDataset:
+class Rows:
+    """Batches of which only some rows are read: those of this process. The others are zeros."""
+
+    def __init__(self, windows: grain.MapDataset, batch: int, rows: Sequence[int]):
+        """windows: without end. batch: rows of it. rows: which of them are read."""
+        self.windows, self.batch, self.rows = windows, batch, rows
+
+    def __len__(self) -> int:
+        """Number of batches."""
+        return len(self.windows) // self.batch
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """Batch `index`."""
+        read: list[Any] = [self.windows[int(index) * self.batch + row] for row in self.rows]
+        blank = lambda x: np.zeros((self.batch, *np.shape(x)), np.asarray(x).dtype)
+        made = {name: blank(value) for name, value in read[0].items()}
+        for row, window in zip(self.rows, read, strict=True):
+            for name, value in window.items():
+                made[name][row] = value
+        return made
+
+
+def training_data(
+    stream: Stream, *, length: int, batch: int, seed: int, rows: Sequence[int] | None = None
+) -> grain.MapDataset:
     """Batches of shuffled windows without end, a new order each epoch: batch `i` is a function
     of the arguments and `i`.
 
@@ -242,9 +266,12 @@ def training_data(stream: Stream, *, length: int, batch: int, seed: int) -> grai
       length: tokens per row; a batch's `tokens` are `[batch, length + 1]`, of the stream's type.
       batch: rows.
       seed: of the orders.
+      rows: of every batch, those that are read, see `Rows`; None: all.
     """
-    windows = grain.MapDataset.source(Windows(stream, length)).seed(seed)
-    return windows.shuffle().repeat().batch(batch, drop_remainder=True)
+    windows = grain.MapDataset.source(Windows(stream, length)).seed(seed).shuffle().repeat()
+    if rows is None:
+        return windows.batch(batch, drop_remainder=True)
+    return grain.MapDataset.source(Rows(windows, batch, rows))
 
 
 def batches(dataset: grain.MapDataset, position: dict | None = None) -> grain.DatasetIterator:

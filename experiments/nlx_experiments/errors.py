@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What bad input gets: one sentence on the terminal, and nothing lost."""
 
+import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,13 +15,22 @@ class Diverged(Refused):
     """A training whose numbers are none any more; the same one again would end there too."""
 
 
-class Stopped(Exception):
-    """A signal asked the run to stop, and everything is saved; says where."""
+class Lost(Exception):
+    """Another process of the training is gone; what was saved is whole."""
 
-    def __init__(self, message: str, number: signal.Signals):
-        """With what to tell the user, and the signal that asked."""
+
+class Stopped(Exception):
+    """A signal asked the run to stop, or its time is over, and everything is saved; says where."""
+
+    def __init__(self, message: str, number: signal.Signals | None):
+        """With what to tell the user, and the signal that asked; None: the time was over."""
         super().__init__(message)
         self.signal = number
+
+    @property
+    def code(self) -> int:
+        """The exit code: as shells tell of a signal, or "try again later" of sysexits.h."""
+        return os.EX_TEMPFAIL if self.signal is None else 128 + self.signal
 
 
 @contextmanager

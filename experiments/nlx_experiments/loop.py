@@ -7,10 +7,8 @@ metrics.jsonl is cut back to the step. So a run that was killed at any moment en
 one that was not.
 """
 
-import math
-import time
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,18 +16,29 @@ import numpy as np
 
 from nlx.train import TrainState
 from nlx_experiments import config as configs
-from nlx_experiments import data, evaluate, learner, report, runs, tokenization
+from nlx_experiments import (
+    console,
+    data,
+    evaluate,
+    hosts,
+    learner,
+    loggers,
+    probe,
+    report,
+    runs,
+    tokenization,
+)
 from nlx_experiments.checkpoints import Checkpoints
 from nlx_experiments.config import TrainConfig
-from nlx_experiments.console import StopRequest, display, say
+from nlx_experiments.console import Silent, StopRequest, display
 from nlx_experiments.data import Corpus
 from nlx_experiments.errors import Diverged, Refused, Stopped
 from nlx_experiments.learner import Learner
+from nlx_experiments.ledger import Ledger
+from nlx_experiments.probe import Probe
+from nlx_experiments.record import Log, Profile
 from nlx_experiments.runs import Run
 from nlx_experiments.tokenization import Tokenizer, Tokens
-
-# Steps in a row without a finite gradient after which a run gives up.
-SKIPS = 20
 
 
 def train(config: TrainConfig) -> dict[str, Any]:
@@ -38,8 +47,11 @@ def train(config: TrainConfig) -> dict[str, Any]:
     Raises:
       Refused: bad input, before anything is compiled; or a checkpoint that could not be written.
       Diverged: gradients or scores are no numbers any more.
-      Stopped: SIGINT or SIGTERM came; everything is saved.
+      Stopped: SIGINT or SIGTERM came, or the time is over; everything is saved.
     """
+    hosts.join(config.hosts)
+    say = console.say if hosts.first() else lambda sentence: None
+    stop, told = StopRequest(config.time_limit), config.log if hosts.first() else ()
     corpus, tokens = tokenization.load(
         config.tokenizer, config.model.vocabulary, config.data, config.folder
     )
@@ -47,40 +59,75 @@ def train(config: TrainConfig) -> dict[str, Any]:
         tokens.train, length=config.length, batch=config.batch, seed=config.seed
     )
     positions = evaluate.scored_positions(tokens, config.length, config.eval_bytes)
-    with Run(config.folder) as run:
-        _claim(run, config, corpus, tokens.tokenizer)
+    hosts.agree("configurations", _shared(config) | {"text": corpus.sha256})
+    with Run(config.folder, writes=hosts.first()) as run:
+        hosts.by_first(lambda: _claim(run, config, corpus, tokens.tokenizer))
         functions = learner.make(config)
         _cache_compilations(run)
-        with Checkpoints(run.folder / "checkpoints", keep=config.keep, say=say) as checkpoints:
-            state, position = _resume(config, functions, checkpoints)
+        with Checkpoints(
+            run.folder / "checkpoints", keep=config.keep, keep_every=config.keep_every, say=say
+        ) as checkpoints:
+            state, position = _resume(config, functions, checkpoints, say)
             result = run.read("result")
-            if state.step == config.steps and result is not None:
+            if hosts.any_of(state.step == config.steps and result is not None):
                 say(f"{run.folder} is finished: {_sentence(result)}")
                 return result
-            runs.note_environment(run, say)
-            batches = data.batches(dataset, position)
-            with StopRequest() as stop:
-                log = Log(config, run, int(state.step), corpus.train.size / tokens.train.size)
-                state = _advance(config, functions, run, checkpoints, state, batches, stop, log)
-        if stop.received is not None:
+            hosts.by_first(lambda: runs.note_environment(run, say))
+            own = data.training_data(
+                tokens.train,
+                length=config.length,
+                batch=config.batch,
+                seed=config.seed,
+                rows=functions.rows,
+            )
+            batches = data.batches(own, position)
+            ledger, done = Ledger(run.read("time")), int(state.step)
+            others = [loggers.make(name, run.folder, configs.to_json(config)) for name in told]
+            log = Log(
+                config,
+                run,
+                done,
+                corpus.train.size / tokens.train.size,
+                flops_a_token=learner.flops_a_token(config),
+                last=checkpoints.last,
+                others=others,
+            )
+            look = probe.make(config, tokens, run.stream("probe", done))
+            with stop, Profile(config, run) as profile:
+                course = Course(run, checkpoints, batches, stop, log, ledger, look, profile)
+                state = _advance(config, functions, course, state)
+            for other in others:
+                other.close()
+            run.write("time", ledger.told())
+        if hosts.any_of(stop.asked):
+            name = "time limit" if stop.received is None else stop.received.name
             raise Stopped(
-                f"{stop.received.name}: step {state.step} of {config.steps} is saved in "
-                f"{run.folder}; the same command goes on from there.",
+                f"{name}: step {state.step} of {config.steps} is saved in {run.folder}; the same "
+                "command goes on from there.",
                 stop.received,
             )
-        bits = evaluate.model_bits(
-            lambda tokens: functions.bits(state.params, tokens), tokens, positions, config.batch
-        )
+        with ledger.spent("evaluation"):
+            bits = evaluate.model_bits(
+                lambda tokens: functions.bits(state.params, tokens), tokens, positions, config.batch
+            )
         if not np.all(np.isfinite(bits)):
             raise Diverged(
                 f"the model of step {state.step} in {run.folder} scores held-out bytes with what "
                 "is no number. A lower `learning_rate` may help, in another folder."
             )
         result = _result(config, functions, corpus, tokens, dataset, positions, bits)
-        _report(run, config, result)
+        if hosts.first():
+            _report(run, config, result)
         run.write("result", result)
+        run.write("time", ledger.told())
         say(f"{run.folder}: {_sentence(result)}")
         return result
+
+
+def _shared(config: TrainConfig) -> dict[str, Any]:
+    """What all processes of a training must be told alike."""
+    told = configs.to_json(config)
+    return {name: value for name, value in told.items() if name not in ("hosts", "data")}
 
 
 def _claim(run: Run, config: TrainConfig, corpus: Corpus, tokenizer: Tokenizer) -> None:
@@ -113,7 +160,10 @@ def _cache_compilations(run: Run) -> None:
 
 
 def _resume(
-    config: TrainConfig, functions: Learner, checkpoints: Checkpoints
+    config: TrainConfig,
+    functions: Learner,
+    checkpoints: Checkpoints,
+    say: Callable[[str], None],
 ) -> tuple[TrainState, dict[str, Any] | None]:
     """State and position in the data, of the last good checkpoint or of a new run."""
     state = functions.init()
@@ -123,43 +173,70 @@ def _resume(
     if saved.step < config.steps:
         say(f"Going on from step {saved.step} of {config.steps} in {config.folder}.")
     trees = saved.trees
-    step = jnp.asarray(saved.step, state.step.dtype)
-    state = TrainState(step, trees["weights"], trees["memories"], trees["rest"]["skipped"])
+    step = functions.whole(jnp.asarray(saved.step, state.step.dtype))
+    rest = trees["rest"]
+    state = TrainState(step, trees["weights"], trees["memories"], rest["skipped"], rest["recent"])
     return state, saved.position
 
 
 def _trees(config: TrainConfig, state: TrainState) -> dict[str, Any]:
     """What a checkpoint holds; every random number of the run comes from `key` and the step."""
-    rest = {"key": jax.random.key(config.seed), "skipped": state.skipped}
+    key = jax.random.key(config.seed)
+    rest = {"key": key, "skipped": state.skipped, "recent": state.recent}
     return {"weights": state.params, "memories": state.opt_state, "rest": rest}
 
 
+class Course(NamedTuple):
+    """What goes along with the steps of a training."""
+
+    run: Run
+    checkpoints: Checkpoints
+    batches: Any
+    stop: StopRequest
+    log: Log
+    ledger: Ledger
+    probe: Probe
+    profile: Profile
+
+
 def _advance(
-    config: TrainConfig,
-    functions: Learner,
-    run: Run,
-    checkpoints: Checkpoints,
-    state: TrainState,
-    batches: Any,
-    stop: StopRequest,
-    log: "Log",
+    config: TrainConfig, functions: Learner, course: Course, state: TrainState
 ) -> TrainState:
     """Learns until the last step or until asked to stop, and saves there."""
-    done, start = int(state.step), functions.init().params
-    save = lambda: checkpoints.save(done, _trees(config, state), batches.get_state())
+    done, start, spent = int(state.step), functions.init().params, course.ledger.spent
+    kind, measured = "compile", None
+
+    def save() -> None:
+        with spent("save"):
+            course.checkpoints.save(done, _trees(config, state), course.batches.get_state())
+
+    def flushed() -> Any:
+        with spent("step"):  # here the device is waited for
+            return course.log.flush()
+
     try:
-        with display(run.folder.name, config.steps, done) as shown:
-            while done < config.steps and stop.received is None:
-                state, measured = functions.step(state, start, next(batches)["tokens"])
-                done += 1
-                log.add(done, measured)
+        first = hosts.first()
+        shown = display(course.run.folder.name, config.steps, done) if first else Silent()
+        with shown:
+            while done < config.steps and not _stopping(config, course.stop, done):
+                with spent("data"):
+                    tokens = next(course.batches)["tokens"]
+                course.profile.before(done + 1, measured)
+                with spent(kind):
+                    state, measured = functions.step(state, start, tokens)
+                    done += 1
+                    course.log.add(done, measured)
+                kind = "step"
                 saving = done % config.save_every == 0
                 if saving or done % config.log_every == 0:
-                    shown.show(done, *log.flush())
+                    shown.show(done, *flushed())
                 if saving:
                     save()
-            if log.waiting:
-                shown.show(done, *log.flush())
+                if config.probe_every is not None and done % config.probe_every == 0:
+                    with spent("evaluation"):
+                        course.probe(done, state.params)
+            if course.log.waiting:
+                shown.show(done, *flushed())
     except BrokenPipeError:  # nobody reads what is printed any more
         save()
         raise
@@ -167,70 +244,11 @@ def _advance(
     return state
 
 
-class Log:
-    """What was measured, fetched from the device and written some steps at a time."""
-
-    def __init__(self, config: TrainConfig, run: Run, done: int, bytes_a_token: float):
-        """Appends to the run's metrics and speed, cut back to `done` steps.
-
-        bytes_a_token: the mean of the training text, by which costs of tokens are shared out.
-        """
-        self.bytes_a_token = bytes_a_token
-        self.metrics, self.speeds = run.stream("metrics", done), run.stream("speed", done)
-        self.tokens_a_step = config.batch * config.length
-        self.waiting: list[tuple[int, Any]] = []
-        self.since: float | None = None
-        self.timed = self.skipped = 0
-
-    def add(self, step: int, measured: Mapping[str, Any]) -> None:
-        """Takes what step number `step` measured, still on the device."""
-        if self.since is None:  # the first step compiles
-            jax.block_until_ready(measured)
-            self.since = time.monotonic()
-        else:
-            self.timed += 1
-        self.waiting.append((step, measured))
-
-    def flush(self) -> tuple[float, float, dict[str, float]]:
-        """Writes what waits; returns its mean bits per byte, tokens/s and largest update norms.
-
-        Raises:
-          Diverged: too many steps in a row had no finite gradient.
-        """
-        records = [self._record(*pair) for pair in jax.device_get(self.waiting)]
-        runs.append(self.metrics, records)
-        now = time.monotonic()
-        speed = self.timed * self.tokens_a_step / (now - (self.since or now) + 1e-9)
-        self.waiting, self.since, self.timed = [], now, 0
-        runs.append(self.speeds, [{"step": records[-1]["step"], "tokens_per_s": round(speed, 1)}])
-        updates = {k: max(r["updates"][k] for r in records) for k in records[-1]["updates"]}
-        bits = [r["bits_per_byte"] for r in records if r["bits_per_byte"] is not None]
-        return float(np.mean(bits)) if bits else math.nan, speed, updates
-
-    def _record(self, step: int, measured: Mapping[str, Any]) -> dict[str, Any]:
-        loss, skipped = float(measured["loss"]), int(measured["skipped"])
-        self.skipped = self.skipped + 1 if skipped else 0
-        if self.skipped == SKIPS:
-            raise Diverged(
-                f"the gradients of the last {SKIPS} steps, up to {step}, were not finite and "
-                "changed nothing. A lower `learning_rate` may help, in another folder."
-            )
-        bits = loss / math.log(2) / self.bytes_a_token
-        return {
-            "step": step,
-            "bytes": round(step * self.tokens_a_step * self.bytes_a_token),
-            "bits_per_byte": bits if math.isfinite(loss) else None,
-            "skipped": skipped,
-            "gradient_norm": float(measured["gradient_norm"]) if not skipped else None,
-            "updates": _under("update_norm/", measured),
-            "moved": _under("moved/", measured),
-        }
-
-
-def _under(prefix: str, measured: Mapping[str, Any]) -> dict[str, float]:
-    """The measures whose names begin with `prefix`, without it."""
-    names = sorted(name for name in measured if name.startswith(prefix))
-    return {name.removeprefix(prefix): float(measured[name]) for name in names}
+def _stopping(config: TrainConfig, stop: StopRequest, done: int) -> bool:
+    """Whether to save and leave; several processes ask each other only now and then."""
+    if hosts.count() == 1:
+        return stop.asked
+    return done % config.log_every == 0 and hosts.any_of(stop.asked)
 
 
 def _result(

@@ -6,11 +6,15 @@
     nlx eval RUN NAME=FILE ...
     nlx inspect PRESET|OPTIMIZER|RUN [--text FILE]
     nlx run EXPERIMENT
+    nlx export RUN [--out FILE]
     nlx bench [--ops OP ...] [--ahead-of-time h200]
+    nlx compile PRESET --topology v5e:16x16 [--mesh.fsdp N] [--field value]
+    nlx launch PRESET --target jobset --accelerator v5p:4x4x4 --run FOLDER [--flags "..."]
 
 Bad input gets one sentence and exit code 2; a run stopped by SIGINT or SIGTERM is saved and exits
-with 130 or 143, as shells and schedulers expect, one whose output is read no more with 141; what
-was printed before stays true.
+with 130 or 143, as shells and schedulers expect, one whose time was over with 75, one of several
+processes that lost another with 69, one whose output is read no more with 141; what was printed
+before stays true.
 """
 
 import contextlib
@@ -25,7 +29,7 @@ from typing import Any, TypeVar
 
 import tyro
 
-from nlx_experiments.errors import Refused, Stopped, as_sentence
+from nlx_experiments.errors import Lost, Refused, Stopped, as_sentence
 
 T = TypeVar("T")
 Command = Callable[[list[str]], None]
@@ -33,25 +37,30 @@ Command = Callable[[list[str]], None]
 
 def train(argv: list[str]) -> None:
     """Trains a preset, or goes on where it was stopped."""
-    from nlx_experiments import config, loop
+    from nlx_experiments import config, hosts, loop
 
     name = _first(argv, "train", "PRESET", default="hope-tiny")
     default = config.make(name)
-    loop.train(_parse(config.TrainConfig, argv[1:], f"nlx train {name}", default))
+    chosen = parse(config.TrainConfig, argv[1:], f"nlx train {name}", default)
+    code = hosts.supervised(chosen.hosts, ["train", *argv])
+    if code is None:
+        loop.train(chosen)
+    elif code:
+        sys.exit(code)
 
 
 def generate(argv: list[str]) -> None:
     """Continues a prompt with a trained run."""
     from nlx_experiments import generate as generation
 
-    generation.main(_parse(generation.Generate, argv, "nlx generate"))
+    generation.main(parse(generation.Generate, argv, "nlx generate"))
 
 
 def evaluate(argv: list[str]) -> None:
     """Scores a trained run on multiple choice."""
     from nlx_experiments import choices
 
-    choices.main(_parse(choices.Eval, argv, "nlx eval"))
+    choices.main(parse(choices.Eval, argv, "nlx eval"))
 
 
 def inspect(argv: list[str]) -> None:
@@ -59,7 +68,7 @@ def inspect(argv: list[str]) -> None:
     from nlx_experiments import whitebox
 
     _first(argv, "inspect", "PRESET, OPTIMIZER or RUN", default="hope-tiny")
-    whitebox.main(_parse(whitebox.Inspect, argv, "nlx inspect"))
+    whitebox.main(parse(whitebox.Inspect, argv, "nlx inspect"))
 
 
 def experiment(argv: list[str]) -> None:
@@ -129,14 +138,40 @@ def experiment(argv: list[str]) -> None:
     if name not in experiments:
         raise Refused(_unknown("experiment", name, experiments))
     options, main = experiments[name]
-    main(_parse(options, argv[1:], f"nlx run {name}"))
+    main(parse(options, argv[1:], f"nlx run {name}"))
 
 
 def bench(argv: list[str]) -> None:
     """Times the ops, or compiles them for a GPU that is not there."""
     from nlx_experiments import bench as benchmark
 
-    benchmark.main(_parse(benchmark.Bench, argv, "nlx bench"))
+    benchmark.main(parse(benchmark.Bench, argv, "nlx bench"))
+
+
+def compile_step(argv: list[str]) -> None:
+    """Compiles a training step for a slice of TPUs that is not there."""
+    from nlx_experiments import config, pod
+
+    name = _first(argv, "compile", "PRESET", default="hope-tiny")
+    default = config.make(name, kind=pod.Compile)
+    pod.main(parse(pod.Compile, argv[1:], f"nlx compile {name}", default))
+
+
+def export(argv: list[str]) -> None:
+    """Writes a run's weights as a .safetensors file."""
+    from nlx_experiments import export as exporting
+
+    name = _first(argv, "export", "RUN", default="runs/hope-tiny")
+    exporting.main(parse(exporting.Export, [*argv[1:], "--run", name], f"nlx export {name}"))
+
+
+def launch(argv: list[str]) -> None:
+    """Writes the recipe that trains a preset on a cluster."""
+    from nlx_experiments import launch as launching
+
+    name = _first(argv, "launch", "PRESET", default="hope-tiny")
+    argv = [*argv[1:], "--preset", name]
+    launching.main(parse(launching.Launch, argv, f"nlx launch {name}"))
 
 
 COMMANDS: Mapping[str, Command] = {
@@ -146,6 +181,9 @@ COMMANDS: Mapping[str, Command] = {
     "inspect": inspect,
     "run": experiment,
     "bench": bench,
+    "compile": compile_step,
+    "launch": launch,
+    "export": export,
 }
 
 
@@ -164,7 +202,10 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     except Stopped as stopped:
         print(stopped, flush=True)
-        return 128 + stopped.signal
+        return stopped.code
+    except Lost as lost:
+        print(f"nlx: {lost}", file=sys.stderr)
+        return os.EX_UNAVAILABLE
     except KeyboardInterrupt:
         print("nlx: stopped.", file=sys.stderr)
         return 128 + signal.SIGINT
@@ -199,7 +240,7 @@ def _unknown(kind: str, name: str, known: Mapping[str, Any]) -> str:
     return f"there is no {kind} {name!r}; there are {', '.join(known)}.{meant}"
 
 
-def _parse(kind: type[T], argv: list[str], prog: str, default: T | None = None) -> T:
+def parse(kind: type[T], argv: list[str], prog: str, default: T | None = None) -> T:
     """The dataclass that the flags describe; what does not fit becomes one sentence."""
     said = io.StringIO()
     keywords: dict[str, Any] = {} if default is None else {"default": default}

@@ -6,6 +6,7 @@ environment.json   versions, device, revision     checkpoints/   see `checkpoint
 metrics.jsonl      one line a step; a function of the configuration alone, so that a run that
                    was stopped and resumed leaves the same bytes as one that was not
 speed.jsonl        what depends on the machine    result.json    what the finished run reached
+time.json          where the time went            probe.jsonl    what memories did, see `probe`
 """
 
 import fcntl
@@ -22,21 +23,31 @@ import jax
 
 from nlx_experiments.errors import Refused
 
-# What may differ when a run goes on: it changes nothing that is learned.
-FREE = ("run", "save_every", "keep", "log_every")
+# What may differ when a run goes on: it changes nothing that is learned, but for last bits where
+# devices sum in another order.
+FREE = ("run", "save_every", "keep", "log_every", "accumulate")
+FREE += ("mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.sequence", "keep_every", "time_limit")
+FREE += ("hosts.coordinator", "hosts.count", "hosts.index", "log", "probe_every", "profile_at")
+FREE += ("profile_steps",)
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
 class Run:
     """An open run folder, locked against a second writer."""
 
-    def __init__(self, folder: pathlib.Path):
+    def __init__(self, folder: pathlib.Path, writes: bool = True):
         """Creates and locks `folder`.
+
+        writes: False for all but the first of the processes of one training: nothing is locked,
+        and what would be written is not.
 
         Raises:
           Refused: it cannot be written, or another process is at work there.
         """
-        self.folder = folder
+        self.folder, self.writes = folder, writes
+        self._streams: list[TextIO] = []
+        if not writes:
+            return
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self._lock = open(folder / ".lock", "w")  # noqa: SIM115
@@ -50,7 +61,7 @@ class Run:
         except OSError as error:
             self._lock.close()
             raise Refused(f"`run` is {folder}, where another process is training.") from error
-        self._streams: list[TextIO] = []
+        self._streams.append(self._lock)
 
     def __enter__(self) -> "Run":
         """Returns itself."""
@@ -58,7 +69,7 @@ class Run:
 
     def __exit__(self, *error: Any) -> None:
         """Closes its files and gives the lock back."""
-        for stream in (*self._streams, self._lock):
+        for stream in self._streams:
             stream.close()
 
     def agree(
@@ -90,11 +101,15 @@ class Run:
 
     def write(self, name: str, value: Any) -> None:
         """Writes `name`.json, whole or not at all."""
-        write_json(self.folder / f"{name}.json", value)
+        if self.writes:
+            write_json(self.folder / f"{name}.json", value)
 
     def stream(self, name: str, upto: int) -> TextIO:
         """Opens `name`.jsonl to append, cut back to the lines of steps up to `upto`."""
         path = self.folder / f"{name}.jsonl"
+        if not self.writes:
+            self._streams.append(open(os.devnull, "w"))  # noqa: SIM115
+            return self._streams[-1]
         kept = "".join(json.dumps(r) + "\n" for r in read_lines(path) if r["step"] <= upto)
         write_whole(path, kept)
         stream = open(path, "a", buffering=1)  # noqa: SIM115

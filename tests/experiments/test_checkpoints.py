@@ -159,6 +159,44 @@ def test_values_are_copied_before_save_returns(tmp_path):
     assert not np.any(restore(tmp_path / "c", now)[0].trees["weights"]["a"])
 
 
+def test_every_so_many_stay_for_ever(tmp_path):
+    with Checkpoints(tmp_path / "c", keep=2, keep_every=3, say=print) as checkpoints:
+        for step in range(1, 9):
+            checkpoints.save(step, trees(step), {})
+    assert sorted(int(p.name) for p in (tmp_path / "c").iterdir()) == [3, 6, 7, 8]
+
+
+def test_older_ones_stay_until_a_newer_one_was_read_back(three):
+    """What is written is damaged before it is read back: nothing goes, and the run is told."""
+    with Checkpoints(three, keep=1, say=print) as checkpoints:
+        checkpoints.save(5, trees(5), {})
+        checkpoints.manager.wait_until_finished()
+        flip(three / "5")
+        with pytest.raises(
+            Refused, match="step 5 could not be written .*; the last good .* step 4"
+        ):
+            checkpoints.wait()
+        assert sorted(int(p.name) for p in three.iterdir()) == [2, 3, 4, 5]
+    assert restore(three)[0].step == 4
+
+
+def test_swapped_weights_are_found_when_they_are_read_back(three):
+    with Checkpoints(three, keep=1, say=print) as checkpoints:
+        checkpoints.save(5, trees(5), {})
+        checkpoints.manager.wait_until_finished()
+        swap_weights(three / "5")
+        with pytest.raises(Refused, match="its weights, read back from the disk, are not what was"):
+            checkpoints.wait()
+
+
+def test_one_of_an_older_nlx_is_refused_and_stays(three):
+    path = three / "4" / "progress" / "metadata"
+    path.write_text(path.read_text().replace('"sums"', '"checksums"'))
+    with pytest.raises(Refused, match="step 4 .* was saved by an nlx that is too old"):
+        restore(three)
+    assert (three / "4").exists()
+
+
 def test_a_full_disk_is_one_sentence(three, monkeypatch):
     usage = shutil.disk_usage(three)
     with Checkpoints(three, keep=3, say=print) as checkpoints:

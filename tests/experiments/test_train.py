@@ -7,6 +7,8 @@ import functools
 import json
 import shutil
 import signal
+import time
+import types
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +16,7 @@ import numpy as np
 import pytest
 from nlx_experiments import (
     config,
+    console,
     data,
     demo,
     demo_check,
@@ -22,6 +25,7 @@ from nlx_experiments import (
     generate,
     learner,
     loop,
+    record,
     report,
     runs,
 )
@@ -202,6 +206,25 @@ def test_resume_is_bitwise(chosen, unbroken, monkeypatch):
     assert faults.differences(unbroken[0].folder, chosen.folder, STEPS) == []
 
 
+def test_time_that_is_over_stops_it_and_it_goes_on(chosen, unbroken, monkeypatch):
+    limited = dataclasses.replace(chosen, time_limit=30.0)
+    clock = [time.monotonic()]
+    with monkeypatch.context() as patch:
+        patch.setattr(console, "time", types.SimpleNamespace(monotonic=lambda: clock[0]))
+        add = loop.Log.add
+
+        def adding(self, step, measured):
+            clock[0] += 11 * 60
+            add(self, step, measured)
+
+        patch.setattr(loop.Log, "add", adding)
+        with pytest.raises(Stopped, match="time limit: step 3 of 6 is saved") as stopped:
+            loop.train(limited)
+    assert stopped.value.code == 75
+    assert loop.train(chosen) == unbroken[1]
+    assert faults.differences(unbroken[0].folder, chosen.folder, STEPS) == []
+
+
 def test_a_damaged_checkpoint_is_passed_over(chosen, unbroken, capsys):
     shutil.copytree(unbroken[0].folder, chosen.folder)
     (chosen.folder / "result.json").unlink()
@@ -254,7 +277,7 @@ def test_another_configuration_is_refused(unbroken, texts, tmp_path):
 
 
 def test_no_finite_gradient_gives_up(chosen, monkeypatch):
-    monkeypatch.setattr(loop, "SKIPS", 2)
+    monkeypatch.setattr(record, "SKIPS", 2)
     functions = learner.make(chosen)
 
     def step(state, start, tokens):

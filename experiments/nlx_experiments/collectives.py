@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the devices of a compiled program send each other, read from its text."""
+
+import math
+import re
+from collections.abc import Mapping
+from typing import NamedTuple
+
+KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+_OPERATION = re.compile(rf"= (.*?) ((?:ragged-)?(?:{'|'.join(KINDS)}))(-start)?\(")
+_ARRAY = re.compile(r"\b(pred|[a-z]+\d+(?:e\d+m\d+\w*)?)\[([\d,]*)\]")
+_CALLED = re.compile(r"\b(body|condition|calls|to_apply|called_computations)=\{?(%?[\w.\-]+)")
+_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+_TURNS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
+_OPENED = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
+
+
+class Sent(NamedTuple):
+    """Of one kind of exchange: how often it happens, and the bytes a device sends in all."""
+
+    times: int
+    bytes: int
+
+
+def sent(program: str, devices: int) -> dict[str, Sent]:
+    """Kind -> what one device sends in one run of a program, for the kinds that are there.
+
+    With rings, of n devices in a group: all-gather and all-to-all send (n - 1) / n of what they
+    make, reduce-scatter (n - 1) times what it makes, all-reduce twice (n - 1) / n of it, a permute
+    all of it. The body of a loop counts as often as it runs, or once where that is not known.
+
+    program: the text of a compiled program. devices: of the mesh, where no groups are named.
+    """
+    found: dict[str, Sent] = {}
+    computations, entry = _computations(program)
+    times = _times(computations, entry)
+    for name, lines in computations.items():
+        for line in lines:
+            operation = _OPERATION.search(line)
+            if operation is None or not times.get(name):
+                continue
+            kind = operation[2].removeprefix("ragged-")
+            size = times[name] * _bytes(kind, operation, _group(line, devices))
+            before = found.get(kind, Sent(0, 0))
+            found[kind] = Sent(before.times + times[name], before.bytes + size)
+    return found
+
+
+def in_loops_of_loops(program: str) -> dict[str, list[str]]:
+    """The exchanges inside a loop that is itself inside a loop, by computation.
+
+    A model's blocks are a loop; what stands in one of their loops is exchanged at every chunk.
+    """
+    computations, _ = _computations(program)
+    bodies = {name: _bodies(lines) for name, lines in computations.items()}
+    outer = {body for found in bodies.values() for body in found}
+    nested: set[str] = set()
+    for body in outer:
+        for inner in _reached(computations, body) - {body}:
+            if inner in outer:
+                nested |= _reached(computations, inner)
+    kinds = {
+        name: [m[2] for line in computations[name] if (m := _OPERATION.search(line))]
+        for name in sorted(nested)
+    }
+    return {name: of for name, of in kinds.items() if of}
+
+
+def _computations(program: str) -> tuple[dict[str, list[str]], str]:
+    """Name -> lines, and the name of the one that runs first."""
+    found: dict[str, list[str]] = {}
+    name, entry = "", ""
+    for line in program.splitlines():
+        if opened := _OPENED.match(line):
+            name = opened[2]
+            entry = name if opened[1] else entry
+            found[name] = []
+        elif name:
+            found[name].append(line)
+    return found, entry
+
+
+def _calls(line: str) -> list[tuple[str, str]]:
+    """(how, name) of the computations that a line calls."""
+    found = [(how, name.lstrip("%")) for how, name in _CALLED.findall(line)]
+    for names in _BRANCHES.findall(line):
+        found += [("branch", name.strip().lstrip("%")) for name in names.split(",")]
+    return found
+
+
+def _bodies(lines: list[str]) -> list[str]:
+    return [name for line in lines for how, name in _calls(line) if how == "body"]
+
+
+def _reached(computations: Mapping[str, list[str]], start: str) -> set[str]:
+    """The computation itself, and all that are called from it."""
+    seen: set[str] = set()
+    waiting = [start]
+    while waiting:
+        now = waiting.pop()
+        if now in computations and now not in seen:
+            seen.add(now)
+            waiting += [name for line in computations[now] for _, name in _calls(line)]
+    return seen
+
+
+def _times(computations: Mapping[str, list[str]], entry: str) -> dict[str, int]:
+    """How often each computation runs."""
+    times = dict.fromkeys(computations, 0)
+
+    def run(name: str, often: int) -> None:
+        if name not in computations:
+            return
+        times[name] += often
+        for line in computations[name]:
+            turns = _TURNS.search(line)
+            for how, called in _calls(line):
+                loop = how in ("body", "condition") and turns is not None
+                run(called, often * int(turns[1]) if loop else often)
+
+    run(entry, 1)
+    return times
+
+
+def _bytes(kind: str, operation: re.Match[str], group: int) -> int:
+    """What one device sends in one exchange."""
+    sizes = [_size(dtype, shape) for dtype, shape in _ARRAY.findall(operation[1])]
+    # What begins an exchange in the background holds what it is given beside what it makes.
+    made = max(sizes) if operation[3] and kind != "all-reduce" else sum(sizes)
+    if kind == "collective-permute":
+        return made
+    if kind == "reduce-scatter":
+        least = min(size for size in sizes if size) if operation[3] else made
+        return least * (group - 1)
+    return (2 if kind == "all-reduce" else 1) * made * (group - 1) // group
+
+
+def _size(dtype: str, shape: str) -> int:
+    count = math.prod(int(n) for n in shape.split(",") if n)
+    bits = 8 if dtype == "pred" else int(re.findall(r"\d+", dtype)[0])
+    return count * bits // 8
+
+
+def _group(line: str, devices: int) -> int:
+    """Devices that exchange with each other."""
+    if listed := re.search(r"replica_groups=\{\{([\d,]*)\}", line):
+        return len(listed[1].split(","))
+    if counted := re.search(r"replica_groups=\[\d+,(\d+)\]", line):
+        return int(counted[1])
+    return devices

@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where the time of a run went."""
+
+import contextlib
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+KINDS = ("compile", "data", "step", "save", "evaluation")
+
+
+class Ledger:
+    """Seconds by what they were spent on; what is on no line is "rest"."""
+
+    def __init__(self, before: Mapping[str, Any] | None = None):
+        """before: what `told` said when the run was stopped, to go on from."""
+        held = (before or {}).get("seconds", {})
+        self.seconds = {kind: float(held.get(kind, 0)) for kind in KINDS}
+        self.began = time.monotonic() - float((before or {}).get("total", 0))
+
+    @contextlib.contextmanager
+    def spent(self, kind: str) -> Iterator[None]:
+        """Counts what happens inside as one of KINDS; not inside another one."""
+        start = time.monotonic()
+        try:
+            yield
+        finally:
+            self.seconds[kind] += time.monotonic() - start
+
+    def told(self) -> dict[str, Any]:
+        """{"seconds": kind -> seconds, "total", "goodput": the share of it spent on steps}."""
+        total = time.monotonic() - self.began
+        rest = max(0.0, total - sum(self.seconds.values()))
+        seconds = {kind: round(value, 3) for kind, value in {**self.seconds, "rest": rest}.items()}
+        goodput = self.seconds["step"] / total if total else 0.0
+        return {"seconds": seconds, "total": round(total, 3), "goodput": round(goodput, 4)}

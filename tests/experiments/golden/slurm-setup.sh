@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# sbatch this-file: a job whose time is over queues itself again and goes on.
+#SBATCH --job-name=hope
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=a100:4
+#SBATCH --time=24:00:00
+#SBATCH --requeue
+set -uo pipefail
+srun --kill-on-bad-exit=1 bash -c 'module load cuda && nlx train hope-1.3b --run /shared/hope --batch 64 --mesh.fsdp 16 --model.remat dots_saveable --hosts.coordinator auto --time-limit 1430'
+code=$?
+if [ "$code" -eq 75 ]; then scontrol requeue "$SLURM_JOB_ID"; fi
+exit "$code"

@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# sbatch this-file: a job whose time is over queues itself again and goes on.
+#SBATCH --job-name=hope
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=h100:8
+#SBATCH --time=04:00:00
+#SBATCH --requeue
+#SBATCH --partition=long
+set -uo pipefail
+srun --kill-on-bad-exit=1 nlx train hope-1.3b --run /shared/hope --batch 64 --mesh.fsdp 16 --model.remat dots_saveable --hosts.coordinator auto --time-limit 230
+code=$?
+if [ "$code" -eq 75 ]; then scontrol requeue "$SLURM_JOB_ID"; fi
+exit "$code"

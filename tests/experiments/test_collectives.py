@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a program sends, against counts by hand."""
+
+import re
+
+from nlx_experiments import chips, collectives
+from nlx_experiments.collectives import Sent
+
+PROGRAM = """
+HloModule jit_step
+
+%add (x: f32[], y: f32[]) -> f32[] {
+  ROOT %s = f32[] add(%x, %y)
+}
+
+%chunk (a: f32[8]) -> f32[8] {
+  %t = bf16[4,8]{1,0} all-to-all(%a), replica_groups=[2,4]<=[8], dimensions={0}
+}
+
+%block (a: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %g = f32[8,16]{1,0} all-gather(%a), replica_groups={{0,1},{2,3},{4,5},{6,7}}, dimensions={0}
+  %w = f32[8] while(%g), condition=%c, body=%chunk, turns(5)
+}
+
+%never (a: f32[8]) -> f32[8] {
+  %g = f32[99]{0} all-gather(%a), replica_groups={{0,1}}, dimensions={0}
+}
+
+ENTRY %main (a: f32[8]) -> f32[8] {
+  %w = (s32[], f32[8]) while(%a), condition=%c, body=%block, turns(3)
+  %r = (f32[10]{0}, f32[6]{0}) all-reduce(%a, %b), replica_groups=[1,8]<=[8], to_apply=%add
+  %s = ((f32[64]), f32[8]) reduce-scatter-start(%a), replica_groups=[1,8]<=[8], to_apply=%add
+  %d = f32[8] reduce-scatter-done(%s)
+  %p = (f32[4], f32[4], u32[], u32[]) collective-permute-start(%a)
+  %q = f32[4] collective-permute-done(%p)
+  %ag = (f32[4], f32[8]) all-gather-start(%a), replica_groups={{0,1}}, dimensions={0}
+}
+"""
+PROGRAM = re.sub(r"turns\((\d)\)", r'backend_config={"known_trip_count":{"n":"\1"}}', PROGRAM)
+
+
+def test_bytes_of_every_kind():
+    assert collectives.sent(PROGRAM, 8) == {
+        "all-gather": Sent(4, 3 * (8 * 16 * 4 // 2) + 8 * 4 // 2),
+        "all-to-all": Sent(15, 15 * (4 * 8 * 2 * 3 // 4)),
+        "all-reduce": Sent(1, 2 * 16 * 4 * 7 // 8),
+        "reduce-scatter": Sent(1, 8 * 4 * 7),
+        "collective-permute": Sent(1, 4 * 4),
+    }
+
+
+def test_what_a_block_exchanges_at_every_chunk_is_found():
+    assert collectives.in_loops_of_loops(PROGRAM) == {"chunk": ["all-to-all"]}
+    assert collectives.in_loops_of_loops(PROGRAM.replace("body=%chunk", "to_apply=%chunk")) == {}
+
+
+def test_chips_by_either_name():
+    assert chips.of("TPU v5p") == chips.of("TPU v5") == chips.CHIPS["TPU v5"]
+    assert chips.of("cpu") is None

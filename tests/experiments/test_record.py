@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run says of itself: norms of levels, time, shares of peak, memories, loggers, profiles."""
+
+import dataclasses
+import json
+import sys
+import types
+
+import jax
+import numpy as np
+import pytest
+from nlx_experiments import chips, config, learner, ledger, loggers, loop, record, runs
+from nlx_experiments.chips import Chip
+from nlx_experiments.errors import Refused
+from nlx_experiments.ledger import Ledger
+
+from nlx import nn
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("texts")
+    for n in range(9):
+        (folder / f"{n}.txt").write_text("".join(f"{n} and {i}, " for i in range(90)))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def told():
+    """What a stand-in for TensorBoard was told."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def finished(texts, told, tmp_path_factory):
+    """A run of four steps with everything switched on, on a device of a known peak."""
+    small = dict(width=16, layers=1, heads=2, hidden=8)
+    model = dataclasses.replace(nn.preset("deltanet-tiny"), **small)
+    made = config.make(
+        "deltanet-tiny", model=model, run=tmp_path_factory.mktemp("record") / "run", data=(texts,),
+        steps=4, batch=2, length=8, eval_bytes=100, log_every=2, probe_every=2, profile_at=3,
+        profile_steps=1, log=("tensorboard",), spike=50.0,
+    )  # fmt: skip
+
+    class Writer:
+        def __init__(self, folder):
+            self.folder = folder
+
+        def add_scalar(self, name, value, step):
+            told.append((name, value, step))
+
+        def close(self):
+            told.append("closed")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "tensorboardX", types.SimpleNamespace(SummaryWriter=Writer))
+        patch.setattr(chips, "of", lambda kind: Chip(1e9, 1e9, 1e9, 1e9))
+        loop.train(made)
+    return made
+
+
+def lines(made, name):
+    return runs.read_lines(made.folder / f"{name}.jsonl")
+
+
+def test_every_level_has_its_norms(finished):
+    for line in lines(finished, "metrics"):
+        for kind in ("gradients", "updates", "parameters", "moved"):
+            assert set(line[kind]) == {"outer"}
+            assert line[kind]["outer"] > 0
+        assert line["gradients"]["outer"] == pytest.approx(line["gradient_norm"], rel=1e-5)
+        assert (line["skipped"], line["spiked"]) == (0, 0)
+
+
+def test_the_share_of_the_peak_is_tokens_times_operations(finished):
+    for line in lines(finished, "speed"):
+        wanted = line["tokens_per_s"] * learner.flops_a_token(finished) / 1e9 / jax.device_count()
+        assert line["mfu"] == pytest.approx(wanted, abs=1e-3)
+
+
+def test_time_is_told_by_what_it_went_to(finished):
+    time = json.loads((finished.folder / "time.json").read_text())
+    assert set(time["seconds"]) == {*ledger.KINDS, "rest"}
+    assert all(time["seconds"][kind] > 0 for kind in ("compile", "step", "save", "evaluation"))
+    assert sum(time["seconds"].values()) == pytest.approx(time["total"], abs=0.05)
+    assert time["goodput"] == pytest.approx(time["seconds"]["step"] / time["total"], abs=1e-3)
+
+
+def test_a_ledger_goes_on_where_it_was(monkeypatch):
+    clock = [100.0]
+    monkeypatch.setattr(ledger, "time", types.SimpleNamespace(monotonic=lambda: clock[0]))
+    first = Ledger()
+    with first.spent("step"):
+        clock[0] += 3
+    clock[0] += 1
+    told = first.told()
+    assert told == {"seconds": dict.fromkeys(ledger.KINDS, 0) | {"step": 3, "rest": 1}} | {
+        "total": 4, "goodput": 0.75,
+    }  # fmt: skip
+    clock[0] += 1000
+    again = Ledger(told)
+    with again.spent("save"):
+        clock[0] += 4
+    assert again.told()["seconds"] == told["seconds"] | {"save": 4}
+    assert (again.told()["total"], again.told()["goodput"]) == (8, 0.375)
+
+
+def test_memories_are_looked_at(finished):
+    seen = lines(finished, "probe")
+    assert [line["step"] for line in seen] == [2, 4]
+    (level,) = seen[0]["levels"]
+    assert level == "blocks.0.mixer.memory"
+    assert set(seen[0]["levels"][level]) == {"surprise", "update", "retain"}
+    assert seen[0]["levels"][level]["retain"] == 1  # DeltaNet keeps all
+    assert seen[0]["levels"] != seen[1]["levels"]
+
+
+def test_the_profiler_wrote_its_step(finished):
+    written = [p for p in (finished.folder / "profile").rglob("*") if p.is_file()]
+    assert any(p.stat().st_size > 0 for p in written)
+
+
+def test_a_logger_is_told_every_number(finished, told):
+    metrics = lines(finished, "metrics")
+    numbers = {(name, step): value for name, value, step in told[:-1]}
+    assert told[-1] == "closed"
+    for line in metrics:
+        assert numbers["bits_per_byte", line["step"]] == line["bits_per_byte"]
+        assert numbers["updates/outer", line["step"]] == line["updates"]["outer"]
+    assert ("tokens_per_s", 4) in numbers
+
+
+@pytest.mark.parametrize("name", loggers.NAMES)
+def test_a_logger_that_is_not_there_is_refused(name, tmp_path, monkeypatch):
+    for package in ("tensorboardX", "wandb", "trackio"):
+        monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(Refused, match=rf'not installed: pip install "nlx\[{name}\]"'):
+        loggers.make(name, tmp_path, {})
+
+
+@pytest.mark.parametrize(("name", "package"), [("wandb", "wandb"), ("trackio", "trackio")])
+def test_the_others_are_begun_once_and_gone_on_with(name, package, tmp_path, monkeypatch):
+    calls = []
+    note = lambda kind: lambda *args, **named: calls.append((kind, args, named)) or made
+    made = types.SimpleNamespace(log=note("log"), finish=note("finish"), init=note("init"))
+    monkeypatch.setitem(sys.modules, package, made)
+    logger = loggers.make(name, tmp_path / "run", {"a": 1})
+    logger.tell(3, {"x": 0.5})
+    logger.close()
+    kinds = [kind for kind, _, _ in calls]
+    assert kinds == ["init", "log", "finish"]
+    assert calls[0][2]["resume"] == "allow"
+    assert calls[0][2]["config"] == {"a": 1}
+    assert calls[1][1:] == (({"x": 0.5},), {"step": 3})
+
+
+def test_names_of_nested_numbers():
+    given = {"step": 3, "a": 1, "b": {"c": 0.5, "d": None}, "e": "text"}
+    assert loggers.flat(given) == {"a": 1, "b/c": 0.5}
+
+
+def test_spikes_end_a_run_and_name_the_last_checkpoint(texts, tmp_path, monkeypatch):
+    monkeypatch.setattr(record, "SKIPS", 2)
+    small = dict(width=16, layers=1, heads=2, hidden=8)
+    model = dataclasses.replace(nn.preset("deltanet-tiny"), **small)
+    made = config.make(
+        "deltanet-tiny", model=model, run=tmp_path / "run", data=(texts,), steps=8, batch=2,
+        length=8, eval_bytes=100, log_every=1, save_every=3,
+    )  # fmt: skip
+    functions = learner.make(made)
+
+    def step(state, start, tokens):
+        state, measured = functions.step(state, start, tokens)
+        if int(state.step) > 4:
+            measured |= {"skipped": np.int32(1), "spiked": np.int32(1)}
+        return state, measured
+
+    monkeypatch.setattr(learner, "make", lambda config: functions._replace(step=step))
+    with pytest.raises(
+        Refused, match="up to 6, .* or were spikes.*last checkpoint is of step 3 in"
+    ):
+        loop.train(made)
+    assert [line["spiked"] for line in lines(made, "metrics")] == [0, 0, 0, 0, 1]
