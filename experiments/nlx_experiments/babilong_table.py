@@ -15,10 +15,8 @@ import numpy as np
 from jaxtyping import Float
 
 from nlx_experiments import paired, report, sequence_table
-from nlx_experiments.long_context import found, state
+from nlx_experiments.long_context import LINEAR, aim, found, state
 from nlx_experiments.paired import Difference
-
-LINEAR = "deltanet", "gated deltanet"
 
 
 def shown(
@@ -125,16 +123,7 @@ def verdicts(results: Mapping[str, Any]) -> list[str]:
         "the standard error over seeds and rows (over rows alone where one seed read them); level: "
         "Student's t is not sure at 95 % of either."
     )
-    return [said, "\n".join(told), *_aims({r: d.verdict() for r, d in means.items()})]
-
-
-def _aims(words: Mapping[str, str]) -> list[str]:
-    """Whether the aim is met; words: rival -> verdict."""
-    titans = f"at least level with Titans: {_yes(words['titans'] in ('ahead', 'level'))}"
-    above = {n: words[n] == "ahead" for n in LINEAR if n in words}
-    linear = [f"above {name}: {_yes(it_is)}" for name, it_is in above.items()]
-    parts = ([titans] if "titans" in words else []) + linear
-    return [f"The aim: {'; '.join(parts)}."]
+    return [said, "\n".join(told), aim(means)]
 
 
 def _yes(true: bool) -> str:
