@@ -35,7 +35,8 @@ class Difference(NamedTuple):
     def told(self, digits: int, unit: str, less: bool = False) -> str:
         """The difference, its error if there is one, and the verdict."""
         error = "" if math.isnan(self.error) else f" ± {self.error:.{digits}f}"
-        return f"{self.mean:+.{digits}f}{error} {unit}, {self.verdict(less)}"
+        unit = f" {unit}" if unit else ""
+        return f"{self.mean:+.{digits}f}{error}{unit}, {self.verdict(less)}"
 
 
 def by_seed(ours: Sequence[float], theirs: Sequence[float]) -> Difference:
