@@ -21,8 +21,9 @@ the linear rivals, and Hope-Attention, which tells what Hope's feed-forward brin
 tenth of the steps and a cosine.
 
 Tokens are those of a BPE trained on the training split, 2.7 bytes each in Python's sources: so the
-paper does it, and so 1 MB is read in time. Bits per byte and word perplexity are of the same bytes
-and words for any tokenizer (`evaluate`).
+paper does it, and so 1 MB is read in time. Which bytes and words bits per byte and word perplexity
+are of, and after how much context, depends on the tokenizer (`evaluate`); all models of a table
+share it, those of two tables need not.
 
 A model's learning rate is chosen by a pilot of one seed that counts for nothing else, by its
 training loss over the last fifth of the steps. As every window is seen once, that is the loss of
@@ -190,7 +191,7 @@ def planned(options: Language, folder: runs.Run) -> Plan:
         raise Refused(f"`vocabulary` is {options.vocabulary}; it must be left out with {name}.")
     vocabulary = (options.vocabulary or size.vocabulary) if name == "bpe" else None
     path, limit = folder.folder / tokenization.FILE, vocabulary or sys.maxsize
-    corpus, tokens = tokenization.load(name, limit, options.data, folder.folder)
+    corpus, tokens = tokenization.load(name, limit, options.data, folder.folder, "vocabulary")
     made, per_token = tokens.tokenizer, corpus.train.size / tokens.train.size
     of_tokens = {"tokenizer": name, "vocabulary": vocabulary, "pieces": made.sha256}
     folder.agree("text", {"text": corpus.sha256, **of_tokens})

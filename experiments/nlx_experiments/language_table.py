@@ -14,8 +14,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from nlx_experiments import choices as choosing
-from nlx_experiments import report
-from nlx_experiments.ablation import difference
+from nlx_experiments import paired, report
 from nlx_experiments.multiple_choice import Item
 
 # Perplexity of WikiText in words, Behrouz et al. (2025), Nested Learning, Table 2, 760M and 30B.
@@ -71,17 +70,16 @@ def _columns(name: str, items: Sequence[Item]) -> list[str]:
 
 
 def verdicts(results: Mapping[str, Any]) -> list[str]:
-    """Hope against Titans and Transformer++ in bits per byte, with the standard error."""
+    """Hope less Titans and Transformer++ in bits per byte, seed by seed; less is better."""
     said = []
     for rival in ("titans-lmm", "transformer++"):
         if "hope" not in results or rival not in results:
             continue
         ours, theirs = ([s["bits_per_byte"] for s in results[m]["seeds"]] for m in ("hope", rival))
-        apart, error = difference(ours, theirs)
-        word = "level" if abs(apart) <= 2 * error else "ahead" if apart < 0 else "behind"
+        apart = paired.by_seed(ours, theirs).told(3, "bits per byte", less=True)
         said.append(
-            f"Hope against {rival}: {apart:+.3f} ± {error:.3f} bits per byte, {word} (beyond two "
-            "standard errors or not)."
+            f"Hope against {rival}: {apart} (seed by seed, with the standard error; level: "
+            "Student's t is not sure at 95 % of either)."
         )
     return said
 

@@ -8,7 +8,12 @@ from typing import Any
 from nlx import nn
 from nlx_experiments import data, sequence_table
 from nlx_experiments.data import Bytes
+from nlx_experiments.paired import Difference
 from nlx_experiments.reasoning import config, rivals
+from nlx_experiments.recall import state_bytes
+from nlx_experiments.sequence_experiment import Row
+
+LINEAR = "deltanet", "gated deltanet"
 
 
 def contestants(base: Mapping[str, Any], parameters: int) -> dict[str, dict[str, nn.ModelConfig]]:
@@ -35,3 +40,28 @@ def texts(paths: Sequence[pathlib.Path]) -> tuple[Bytes, Bytes, Bytes]:
 def found(variants: Mapping[str, Any]) -> Mapping[str, Any]:
     """What the exam of the best variant found."""
     return variants[sequence_table.best(variants)[0]]["exam"]
+
+
+def states(row: Row, symbols: int) -> dict[str, dict[str, int]]:
+    """Model -> variant -> bytes of the state that a row of so many symbols leaves behind."""
+    sizes = lambda variants: {v: state_bytes(c, symbols) for v, c in variants.items()}
+    return {model: sizes(variants) for model, variants in row.models.items()}
+
+
+def state(sizes: Mapping[str, Mapping[str, int]], model: str, variants: Mapping[str, Any]) -> str:
+    """The bytes of the state of a model's best variant, as tables show them; sizes: of `states`."""
+    return f"{sizes[model][sequence_table.best(variants)[0]]:,}"
+
+
+def aim(apart: Mapping[str, Difference], less: bool = False) -> str:
+    """Whether Hope is at least level with Titans, and above the linear rivals.
+
+    apart: rival -> how much more Hope has. less: whether less is better.
+    """
+    words = {rival: found.verdict(less) for rival, found in apart.items()}
+    yes = lambda true: "yes" if true else "no"
+    told = [f"above {name}: {yes(words[name] == 'ahead')}" for name in LINEAR if name in words]
+    if "titans" in words:
+        level = words["titans"] in ("ahead", "level")
+        told = [f"at least level with Titans: {yes(level)}", *told]
+    return f"The aim: {'; '.join(told)}."

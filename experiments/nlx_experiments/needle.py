@@ -1,26 +1,36 @@
 # SPDX-License-Identifier: Apache-2.0
 """`nlx run needle`: what was said once, far back, at every depth of longer and longer haystacks.
 
-command    nlx run needle [--models MODEL ...] [--longest N] [--data PATH ...]
-           nlx run needle-tiny: next to nothing of it, in seconds; needle-gpu: bytes, nearly in
-           RULER's words, texts from the standard library or --data, models of width 256, for a GPU
-shows      the share of values that are said whole, by kind of task, length and depth, of models
-           trained on rows of at most 128 symbols (gpu: 2,048 bytes); results/needle-map.png has a
-           heat map, length x depth, for each model and kind
+command    nlx run needle [--models MODEL ...] [--longest N]
+           nlx run needle-tiny: next to nothing of it, in seconds
+           nlx run needle-gpu [--data PATH ...]: bytes, nearly in RULER's words, texts from the
+           standard library or --data, models of width 256, for a GPU
+shows      the share of values that are said whole, each after the right ones before it, by kind of
+           task, length and depth, of models trained on rows of at most 128 symbols (gpu: 2,048
+           bytes); results/needle-map.png has a heat map, length x depth, for each model and kind
 takes      not run yet; a model that is stopped begins anew, finished ones are kept
 expects    meant, and not shown yet: Hope in the mean at least level with Titans and above DeltaNet
            and Gated DeltaNet; in brackets in the table what Behrouz et al. (2025), Table 1, have at
            4,096, 8,192 and 16,384 tokens, of far larger models
 
+The default run is far from RULER: its text is symbols drawn evenly, keys are one symbol, numbers
+two and uuids four, nothing instructs the model, and MK-NIAH-2 and 3 are not examined.
+
 One model is trained on all kinds at once (`needle_mixture.py`), as one is that is examined on all
 of RULER, in a curriculum of lengths; most rows trained on ask many questions. The rate is one,
-1e-2, for all: in recall's pilots 3e-3 was worse for all that were tried. Hope also competes with
-two of its memories, that of the values and that of the rates, as in recall. Weights are chosen on
-validation rows of up to the lengths trained on; `longer` rows, of twice as many symbols, and the
-grid are only ever examined. Rows of the grid are read in pieces, the state carried from one to the
-next, so a length costs time and, but for the Transformer, no memory; it reads rows of up to 4,096
-alone (gpu: all), for its time grows as their square. A value counts where every symbol of it is
-right and in the place where it is due (RULER's score takes values in any order).
+1e-2, for all: in recall's pilots 3e-3 was worse for DeltaNet, TTT, Titans and Hope; it was not
+tried for Gated DeltaNet and the Transformer. Hope and Titans compete with two variants each, the
+others with one: Hope also with two of its memories, the one that is read and that of the rates, as
+in recall, Titans with four times the hidden units in its memory. Parameters are equal, states are
+not: their bytes stand in the table. Hope's continuum memory system has three blocks that all learn
+at every step, and no slower level.
+
+Weights are chosen on validation rows of up to the lengths trained on; `longer` rows, of twice as
+many symbols, and the grid are only ever examined. Rows of the grid are read in pieces, the state
+carried from one to the next, so a length costs time and, but for the Transformer, no memory; it
+reads rows of up to 4,096 alone (gpu: all), for its time grows as their square. A value counts where
+every symbol of it is right and in the place where it is due (RULER's score takes values in any
+order).
 """
 
 import dataclasses
@@ -36,7 +46,7 @@ from jaxtyping import Array, PyTree
 from nlx import nn
 from nlx_experiments import needle_mixture, needle_table, needle_tasks, needle_writing
 from nlx_experiments import sequence_experiment as experiment
-from nlx_experiments.long_context import base, contestants, texts
+from nlx_experiments.long_context import base, contestants, states, texts
 from nlx_experiments.needle_table import TASK
 from nlx_experiments.needle_tasks import KINDS
 from nlx_experiments.needle_writing import Writing
@@ -56,13 +66,12 @@ class Needle(Options):
     runs: pathlib.Path = pathlib.Path("runs/needle")
     longest: int = 16_384
     """Rows of the grid, at most."""
-    data: tuple[pathlib.Path, ...] = ()
-    """Files and folders of text for haystacks of bytes; none: the standard library's source."""
 
     def __post_init__(self) -> None:
-        """Raises ValueError for a grid without a length."""
-        if self.longest < 1024:
-            raise ValueError(f"`longest` is {self.longest}; it must be an integer >= 1,024.")
+        """Raises ValueError for rows that the grid does not have."""
+        most = max((OF_GPU if isinstance(self, Gpu) else FULL).grid.lengths)
+        if not 1024 <= self.longest <= most:
+            raise ValueError(f"`longest` is {self.longest}; it must be from 1,024 to {most:,}.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -71,6 +80,8 @@ class Gpu(Needle):
 
     runs: pathlib.Path = pathlib.Path("runs/needle-gpu")
     longest: int = 65_536
+    data: tuple[pathlib.Path, ...] = ()
+    """Files and folders of text for haystacks; none: the standard library's source."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -124,18 +135,29 @@ OF_GPU = Size(
         65_536,
     ),
 )  # fmt: skip
+TINY = FULL._replace(
+    width=8, layers=1, parameters=3_000, lengths=(64, 64), stages=((0, 64),), steps=2, rows=4,
+    grid=Grid(("S-NIAH-1", "MQ-NIAH"), (64, 128), (0.0, 1.0), 2, 64, 128),
+)  # fmt: skip
 
 
 def main(options: Needle) -> dict[str, Any]:
     """Runs what is not known yet; writes tables, heat maps and numbers."""
-    name = "needle"
+    name, size = "needle", FULL
     if isinstance(options, Tiny):
-        rows = tiny()
+        size, rows = TINY, tiny()
     elif isinstance(options, Gpu):
-        name, rows = "needle-gpu", full(OF_GPU, options.longest, _in_bytes(options.data))
+        name, size = "needle-gpu", OF_GPU
+        rows = full(size, options.longest, _in_bytes(options.data))
     else:
-        rows = full(FULL, options.longest, _in_symbols())
-    text = functools.partial(needle_table.shown, picture=f"results/{name}-map.png")
+        rows = full(size, options.longest, _in_symbols())
+    attended = min(options.longest, size.grid.attended)
+    text = functools.partial(
+        needle_table.shown,
+        sizes=states(rows[TASK], attended),
+        attended=attended,
+        picture=f"results/{name}-map.png",
+    )
     results = experiment.run(options, name, rows, text, measure="rows")
     if results:
         needle_table.draw(options.place / "results" / f"{name}-map.png", results[TASK])
@@ -177,6 +199,8 @@ def full(size: Size, longest: int, writings: Mapping[str, Writing]) -> dict[str,
     models["hope"]["memory and rates"] = config(
         "self_modifying", sizes, size.parameters, feed_forward="cms", **FEW
     )
+    larger = {**sizes, "memory_hidden": 4 * sizes["memory_hidden"]}
+    models["titans"]["larger memory"] = config("titans_lmm", larger, size.parameters)
     lengths = tuple(n for n in size.grid.lengths if n <= longest)
     grid = size.grid._replace(lengths=lengths)
     return {TASK: Row(task, plan, models, {}, models["deltanet"][""], exam(grid, writings))}
@@ -213,8 +237,8 @@ def examine(
 ) -> dict[str, Any]:
     """{"right": kind -> length -> seeds x depths, "chance": kind -> share}, shares of values.
 
-    A value is right where every symbol of it is; by chance, where each is drawn from those that may
-    stand there.
+    A value is right where every symbol of it is, each after the right ones before it; by chance,
+    where each is drawn from those that may stand there.
 
     grid: what is examined. writing: of its rows. model, weights, leave: as of an `Exam`.
     """
@@ -256,12 +280,7 @@ def answered(
 
 def tiny() -> dict[str, Row]:
     """Rows of 40 symbols; attention alone, which is compiled in the least time."""
-    kinds = ("S-NIAH-1", "MQ-NIAH")
-    size = FULL._replace(
-        width=8, layers=1, parameters=3_000, lengths=(64, 64), stages=((0, 64),), steps=2, rows=4,
-        grid=Grid(kinds, (64, 128), (0.0, 1.0), 2, 64, 128),
-    )  # fmt: skip
-    row = full(size, 2**14, _in_symbols())[TASK]
+    row = full(TINY, 2**14, _in_symbols())[TASK]
     plan = dataclasses.replace(row.plan, seeds=1, every=1, validated=4, tested=4)
     models = {"transformer": row.models["transformer"]}
     return {TASK: row._replace(plan=plan, models=models, control=None)}

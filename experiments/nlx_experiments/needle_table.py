@@ -11,8 +11,9 @@ import numpy as np
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 
-from nlx_experiments import report, sequence_table
-from nlx_experiments.long_context import found
+from nlx_experiments import paired, report, sequence_table
+from nlx_experiments.long_context import LINEAR, aim, found, state
+from nlx_experiments.needle_tasks import KINDS, guesses
 
 TASK = "needles"
 # Behrouz et al. (2025), Nested Learning, Table 1, in percent: 4,096, 8,192 and 16,384 tokens.
@@ -35,19 +36,38 @@ PAPER: Mapping[str, Mapping[str, tuple[float, float, float]]] = {
 }  # fmt: skip
 
 
-def shown(results: Mapping[str, Any], picture: str = "results/needle-map.png") -> str:
-    """Means over depths and seeds by kind and length, who is ahead, the control and the grid."""
+def shown(
+    results: Mapping[str, Any],
+    sizes: Mapping[str, Mapping[str, int]],
+    attended: int,
+    picture: str = "results/needle-map.png",
+) -> str:
+    """Means over depths and seeds by kind and length, who is ahead, the control and the grid.
+
+    sizes: what `long_context.states` returns, of rows of `attended` symbols.
+    """
     task = results[TASK]
-    parts = ["Values that are said whole, in percent, mean of all depths and seeds:"]
+    far = "" if "gpu" in picture else (
+        " This is far from RULER: text is symbols drawn evenly, keys are one symbol, numbers two, "
+        "uuids four, nothing instructs the model, MK-NIAH-2 and 3 are not examined."
+    )  # fmt: skip
+    parts = [
+        "Values that are said whole, each after the right ones before it, in percent, mean of all "
+        "depths and seeds (seeds' lowest to highest), the paper's of far larger models in square "
+        "brackets; bytes of the state of one row, the Transformer's after "
+        f"{attended:,} symbols.{far}"
+    ]
     for kind in found(next(iter(task["models"].values())))["right"]:
-        parts += [f"{kind}:", by_length(task, kind).markdown()]
+        parts += [f"{kind}:", by_length(task, kind, sizes).markdown()]
     parts += [*verdicts(task), f"![share right by length and depth]({picture})"]
     parts += [*sequence_table.control(results), "Whole answers, rows of all kinds:"]
     return "\n\n".join([*parts, sequence_table.grid(results, "rows").markdown()])
 
 
-def by_length(task: Mapping[str, Any], kind: str) -> report.Table:
-    """Models down, lengths across: the mean, seeds' lowest and highest, the paper's in brackets."""
+def by_length(
+    task: Mapping[str, Any], kind: str, sizes: Mapping[str, Mapping[str, int]]
+) -> report.Table:
+    """Models and guesses down, lengths across: the mean, seeds' lowest and highest, the paper's."""
     exams = {model: found(variants) for model, variants in task["models"].items()}
     some = next(iter(exams.values()))
     rows, lengths = [], _lengths(exams, kind)
@@ -62,9 +82,10 @@ def by_length(task: Mapping[str, Any], kind: str) -> report.Table:
             places = dict(zip(("4096", "8192", "16384"), paper, strict=False))
             told = f" [{places[length]:g}]" if length in places else ""
             cells.append(sequence_table.interval(seeds) + told)
-        rows.append((model, *cells))
-    rows.append(("*each symbol drawn*", *([f"{100 * some['chance'][kind]:.2g}"] * len(lengths))))
-    return report.Table("", ["model", *(f"{int(n):,}" for n in lengths)], rows)
+        rows.append((model, state(sizes, model, task["models"][model]), *cells))
+    lines = {"each symbol drawn": some["chance"][kind], **guesses(KINDS[kind])}
+    rows += [(f"*{n}*", "", *([f"{100 * x:.2g}"] * len(lengths))) for n, x in lines.items()]
+    return report.Table("", ["model", "state", *(f"{int(n):,}" for n in lengths)], rows)
 
 
 def _lengths(exams: Mapping[str, Any], kind: str) -> list[str]:
@@ -73,23 +94,38 @@ def _lengths(exams: Mapping[str, Any], kind: str) -> list[str]:
 
 
 def verdicts(task: Mapping[str, Any]) -> list[str]:
-    """Means over kinds and lengths beyond those trained on, of models examined at all of them."""
+    """Means over kinds and lengths beyond those trained on, of models examined at all of them.
+
+    Hope less its rivals, seed by seed; what the aim says.
+    """
     longest = task["plan"]["stages"][-1][1]
     exams = {model: found(variants) for model, variants in task["models"].items()}
-    means = {}
+    means = {}  # by seed
     for model, exam in exams.items():
         cells = [
-            statistics.fmean(statistics.fmean(depths) for depths in seeds)
+            np.mean(seeds, 1)
             for lengths in exam["right"].values()
             for length, seeds in lengths.items()
             if int(length) > longest
         ]
         if cells and all([*of] == _lengths(exams, kind) for kind, of in exam["right"].items()):
-            means[model] = 100 * statistics.fmean(cells)
+            means[model] = 100 * np.mean(cells, 0)
     if not means:
         return []
-    told = ", ".join(f"{model} {mean:.1f}" for model, mean in means.items())
-    return [f"Mean of all kinds and all lengths beyond those trained on: {told}."]
+    told = ", ".join(f"{model} {mean.mean():.1f}" for model, mean in means.items())
+    said = f"Mean of all kinds and all lengths beyond those trained on: {told}."
+    if "hope" not in means:
+        return [said]
+    rivals = [rival for rival in ("titans", *LINEAR) if rival in means]
+    apart = {rival: paired.by_seed(means["hope"], means[rival]) for rival in rivals}
+    if not apart:
+        return [said]
+    lines = [f"* Hope against {rival}: {d.told(1, 'points')}." for rival, d in apart.items()]
+    how = (
+        "Points that Hope is ahead there, seed by seed on the same rows, with the standard error "
+        "over seeds; level: Student's t is not sure at 95 % of either."
+    )
+    return [said, how, "\n".join(lines), aim(apart)]
 
 
 def draw(path: pathlib.Path, task: Mapping[str, Any]) -> None:

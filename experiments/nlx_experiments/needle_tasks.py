@@ -3,8 +3,10 @@
 
 A needle tells a value of a key. Rows have one length, to the symbol: an instruction, a haystack
 with needles in it, a question, the answer. Values come in the order of the keys asked, and those of
-one key in the order in which they stand, so an answer is right if it is so symbol by symbol (which
-is also what greedy decoding would say, as it goes on from right symbols alone).
+one key in the order in which they stand. Each symbol is answered after the right ones before it, so
+each value of several after the right values before it. Whole answers are right where greedy
+decoding would say them; the share of values is not what it would say, for after a wrong one it
+would go on from that.
 
     kind         haystack   keys  asked  values  key    value
     S-NIAH-1     noise         1      1       1  word   number
@@ -160,6 +162,21 @@ def right_values(right: Bool[np.ndarray, "*b n"], kind: Kind, writing: Writing) 
 def chance(kind: Kind, writing: Writing) -> float:
     """The share of values that are right when each symbol is drawn from those that may stand."""
     return float(np.prod([1 / alphabet.size for alphabet in writing.alphabets[kind.value]]))
+
+
+def guesses(kind: Kind) -> dict[str, float]:
+    """The share of values that are right for who knows all needles' values but not which is due.
+
+    "any needle's value": one of them, whichever; "any not said yet": one of those that the right
+    values before it are not, where the answer has several. None, where there is one needle, or a
+    haystack of them.
+    """
+    needles, answers = kind.keys * kind.values, kind.asked * kind.values
+    if needles == 1 or kind.haystack == "needles":
+        return {}
+    left = [1 / (needles - said) for said in range(answers)]
+    found = {"any needle's value": 1 / needles}
+    return found if answers == 1 else {**found, "any not said yet": sum(left) / answers}
 
 
 def question_size(kind: Kind, writing: Writing) -> int:

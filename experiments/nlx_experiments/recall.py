@@ -17,9 +17,9 @@ expects    Hope level with Titans in the mean, 67 to 66 %, below DeltaNet (83), 
 A model's state is what one row carries from a chunk to the next, convolutions included. Linear
 memories have the width that comes nearest to the bytes; Titans and Hope a width of 32 or 64 and the
 hidden units that do; then `hidden` of the feed-forward makes parameters equal, a decoder's among
-them. Hope has five memories to share the bytes between, so it also competes with two: that of the
-values, and that of the rates; keys and values are then slow maps, and nothing is forgotten (rows of
-Table 6). Each model has two variants and one learning rate, 1e-2: in pilots on 8 pairs 3e-3 was
+them. Hope has five memories to share the bytes between, so it also competes with two: the one that
+is read, and that of the rates; keys and values are then slow maps, and nothing is forgotten (rows
+of Table 6). Each model has two variants and one learning rate, 1e-2: in pilots on 8 pairs 3e-3 was
 worse for all that were tried (DeltaNet, TTT, Titans, Hope), 2e-2 for Hope. Neither Titans nor Hope
 has momentum here: it doubles the bytes. Chunks have 16 tokens of the 64 of a row. Attention keeps
 every token: its state grows, so it is shown as what is possible.

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How much memory this process holds, as the system counts it."""
+"""How much memory this process holds, as the system counts it, or its accelerator."""
 
 import pathlib
 import resource
 import sys
+
+import jax
 
 
 def now() -> float:
@@ -18,3 +20,9 @@ def peak() -> float:
     """MiB resident at the process' peak so far."""
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
+
+
+def on_device() -> float | None:
+    """MiB in use on the first device now; None where it does not count them, as CPUs do not."""
+    counted = jax.devices()[0].memory_stats() or {}
+    return counted["bytes_in_use"] / 2**20 if "bytes_in_use" in counted else None

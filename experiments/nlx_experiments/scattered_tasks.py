@@ -39,11 +39,6 @@ class Story(NamedTuple):
     offsets: Int[np.ndarray, " b"]  # of the background in the text
     length: int  # of the rows
 
-    def first(self, rows: int) -> "Story":
-        """Some of the rows."""
-        of_rows = {n: x[:rows] for n, x in self._asdict().items() if n != "length"}
-        return self._replace(**of_rows)
-
 
 def stories(
     supporting: int,
@@ -53,10 +48,9 @@ def stories(
     text: Bytes,
     asked: float = 0.0,
 ) -> Story:
-    """Draws stories for rows of `length` symbols; those of one generator differ by where they lie.
+    """Draws stories for rows of `length` symbols.
 
-    Each row has an even chance of every number of sentences. Stories do not depend on the length,
-    but where that has no room for the longest.
+    Each row has an even chance of every number of sentences that its length has room for.
 
     Args:
       supporting: facts an answer needs, 1 to 3.

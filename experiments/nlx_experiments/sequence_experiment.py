@@ -227,7 +227,8 @@ def records(results: Mapping[str, Any]) -> dict[str, Any]:
 def gather(known: Mapping[str, Any], rows: Mapping[str, Row]) -> dict[str, Any]:
     """All finished cells: task -> {"plan", "chance", "models": model -> variant -> record}.
 
-    Where a task has lines also "lines": name -> bin -> shares right; "control": the record of it.
+    Where a task has lines also "lines": name -> bin -> shares right; where it has a control also
+    "control": the record of it, and "scored": bin -> answers that are examined.
     """
     results: dict[str, Any] = {}
     for task_name, row in rows.items():
@@ -249,7 +250,11 @@ def gather(known: Mapping[str, Any], rows: Mapping[str, Row]) -> dict[str, Any]:
         if models and row.control is not None:
             what = identity((task_name, CONTROL, ""), controlled(row), row.control)
             if what in known:
-                results[task_name]["control"] = known[what]
+                exams = {
+                    b: contest.rows(row.task, row.plan, contest.TESTED, b) for b in row.plan.bins
+                }
+                counts = {b: int((batch.scored > 0).sum()) for b, batch in exams.items()}
+                results[task_name] |= {"control": known[what], "scored": counts}
     return results
 
 

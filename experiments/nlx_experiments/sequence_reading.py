@@ -23,6 +23,7 @@ class Piece(NamedTuple):
     batch: Batch
     right: Bool[np.ndarray, "m b t"]  # whether the answer has the best score, and all are finite
     loss: Float[np.ndarray, "m b t"]  # cross-entropy of the answer, in nats
+    carried: int = 0  # bytes of all states that go on from here
 
 
 def read(
@@ -42,7 +43,8 @@ def read(
       config: of the models.
       weights: as `sequence_learner` trains them, m of each: [m, ...].
       pieces: of the same rows, one after the other, of one length; the last one may be shorter.
-      capacity: symbols of a row, at most; without attention it changes nothing.
+      capacity: symbols of a row, at most; without attention it changes nothing. Attention that is
+        given less gives scores that are not finite.
       leave: called before every piece; may raise.
     """
     begin, go = _functions(config)
@@ -54,7 +56,9 @@ def read(
             state, size = begin(weights, rows, -(-capacity // length) * length), length
         tokens, answers, _ = arrays(padded(batch, size))
         right, loss, state = go(weights, state, tokens, answers)
-        yield Piece(batch, np.asarray(right)[:, :, :length], np.asarray(loss)[:, :, :length])
+        carried = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+        right, loss = (np.asarray(of)[:, :, :length] for of in (right, loss))
+        yield Piece(batch, right, loss, carried)
 
 
 def cut(batch: Batch, size: int) -> Iterator[Batch]:

@@ -113,7 +113,9 @@ def control(results: Mapping[str, Any]) -> list[str]:
         shares = "/".join(f"{100 * statistics.fmean(found[b]['tokens']):.1f}" for b in bins)
         likely = "/".join(f"{100 * chance[b]:.1f}" for b in bins)
         told.append(f"{name} {shares} ({likely})")
-        error = {b: (chance[b] * (1 - chance[b]) / task["plan"]["tested"]) ** 0.5 for b in bins}
+        # Answers changed places, so those of a row are no more alike than others.
+        counts = task.get("scored", dict.fromkeys(bins, task["plan"]["tested"]))
+        error = {b: (chance[b] * (1 - chance[b]) / counts[b]) ** 0.5 for b in bins}
         if any(max(found[b]["tokens"]) > chance[b] + 3 * error[b] for b in bins):
             above.append(name)
     missing = [name for name, task in results.items() if "control" not in task]
@@ -122,7 +124,7 @@ def control(results: Mapping[str, Any]) -> list[str]:
     return [
         "Control, trained on answers that belong to other rows: answers right in percent, in "
         f"brackets the most frequent answer: {'; '.join(told)}. More than three standard errors "
-        f"of as many rows above it: {', '.join(above) or 'none'}."
+        f"of as many answers above it: {', '.join(above) or 'none'}."
         + (f" Not run for {', '.join(missing)}." if missing else "")
     ]
 

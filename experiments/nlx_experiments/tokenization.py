@@ -79,14 +79,16 @@ class Tokens(NamedTuple):
     heldout: Stream
 
 
-def train(texts: Iterable[str], size: int) -> Tokenizer:
+def train(texts: Iterable[str], size: int, called: str = "model.vocabulary") -> Tokenizer:
     """Byte-level BPE of `size` tokens, the 256 bytes among them; the same for the same texts.
+
+    called: what the size is called where it is refused.
 
     Raises:
       Refused: `size` is below 256, or more than the texts give.
     """
     if size < data.VOCABULARY:
-        raise Refused(f"`model.vocabulary` is {size}; it must be at least 256, the bytes.")
+        raise Refused(f"`{called}` is {size}; it must be at least 256, the bytes.")
     made = tokenizers.Tokenizer(models.BPE())
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = decoders.ByteLevel()
@@ -99,8 +101,8 @@ def train(texts: Iterable[str], size: int) -> Tokenizer:
     made.train_from_iterator(whole, trainer)
     if (given := made.get_vocab_size()) < size:
         raise Refused(
-            f"`model.vocabulary` is {size}, but the text gives no more than {given} tokens; it "
-            "must be at most that."
+            f"`{called}` is {size}, but the text gives no more than {given} tokens; it must be at "
+            "most that."
         )
     return parse(made.to_str(), "what was trained")
 
@@ -177,7 +179,11 @@ def of_run(folder: pathlib.Path, name: str) -> Tokenizer:
 
 
 def load(
-    name: str, size: int, paths: Sequence[pathlib.Path], folder: pathlib.Path
+    name: str,
+    size: int,
+    paths: Sequence[pathlib.Path],
+    folder: pathlib.Path,
+    called: str = "model.vocabulary",
 ) -> tuple[Corpus, Tokens]:
     """The corpus of a run and its tokens.
 
@@ -187,6 +193,7 @@ def load(
       size: tokens of the model; those of the file at least.
       paths: as `data.load`; or token files, .npy with one row of integers, that the file made.
       folder: of the run.
+      called: what the size is called where it is refused.
 
     Raises:
       Refused: bad input.
@@ -203,11 +210,11 @@ def load(
             return corpus, Tokens(BYTES, corpus.train, corpus.heldout)
         saved = read(folder / FILE) if (folder / FILE).exists() else None
         made = saved if saved is not None and saved.size == size else None
-        return corpus, of_corpus(corpus, made or train(texts(corpus.train), size))
+        return corpus, of_corpus(corpus, made or train(texts(corpus.train), size, called))
     tokenizer = read(pathlib.Path(name))
     if tokenizer.size > size:
         raise Refused(
-            f"`model.vocabulary` is {size}, but {name} has {tokenizer.size} tokens; it must be at "
+            f"`{called}` is {size}, but {name} has {tokenizer.size} tokens; it must be at "
             "least that."
         )
     if not files:

@@ -3,14 +3,20 @@
 import itertools
 import tracemalloc
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
-from nlx_experiments import babilong, facts_tasks
+from nlx_experiments import babilong, babilong_table, facts_tasks, resident
+from nlx_experiments import sequence_learner as learner
 from nlx_experiments.errors import Refused
+from nlx_experiments.recall import state_bytes
 from nlx_experiments.scattered_tasks import pieces, scattered, stories
-from nlx_experiments.sequence_reading import Piece
+from nlx_experiments.sequence_reading import Piece, cut, read
+from nlx_experiments.sequence_tasks import Batch
 
 from nlx import nn
 
@@ -74,17 +80,29 @@ def test_sentences_stand_anywhere():
     assert len({*map(tuple, story.starts.tolist())}) == 400
 
 
-def test_every_row_has_a_number_of_facts_and_stories_are_the_same_at_every_length():
-    draw = lambda length: stories(2, np.random.default_rng(7), 600, length, TEXT)
-    short, long = draw(64), draw(4096)
-    counts = np.bincount((short.starts >= 0).sum(1) - 1, minlength=13)
+def test_rows_have_every_number_of_facts():
+    story = stories(2, np.random.default_rng(7), 600, 64, TEXT)
+    counts = np.bincount((story.starts >= 0).sum(1) - 1, minlength=13)
     assert not counts[:3].any()  # an answer needs two facts and somebody's move
     assert counts[3:].min() > 0.6 * 600 / 10
-    for field in ("tokens", "answers", "scored"):
-        assert (getattr(short, field) == getattr(long, field)).all()
-    some = long.first(8)
-    assert some.length == 4096
-    assert all((a == b[:8]).all() for a, b in zip(some[:-1], long[:-1], strict=True))
+
+
+def test_every_length_has_rows_of_its_own_and_lines_that_need_no_model():
+    draw = lambda length: babilong.examined(2, TEXT, length)
+    assert [len(draw(n).tokens) for n in (128, 4_096, 16_384, 65_536, 2**20)] == [64, 64, 32, 32, 8]
+    assert (draw(16_384).tokens == draw(16_384).tokens).all()
+    assert (draw(16_384).tokens != draw(65_536).tokens).any((1, 2)).sum() > 28
+    for length in (128, 16_384):
+        story = draw(length)
+        answers, moves = story.answers[:, -1, -1].tolist(), 256 + PLACES + PEOPLE + THINGS
+        last = []
+        for sentences, starts in zip(story.tokens, story.starts, strict=True):
+            told = sentences[starts >= 0]
+            last.append(told[told[:, 1] == moves][-1, 2] - 256)
+        found = babilong.lines(2, story)
+        most = max(map(answers.count, answers)) / len(answers)
+        assert found["most frequent answer"] == round(most, 4)
+        assert found["where somebody went last"] == round(np.equal(last, answers).mean(), 4)
 
 
 def test_ten_million_symbols_are_made_in_the_memory_of_a_piece():
@@ -116,7 +134,13 @@ def test_training_rows_ask_along_the_way_and_others_only_at_the_end():
     assert min(lengths) < 65 < 85 < max(lengths)
 
 
-def test_shares_are_of_the_question_alone_and_attention_goes_no_farther(monkeypatch):
+def small(mixer):
+    sizes = dict(vocabulary=275, width=8, heads=2, layers=1, hidden=4)
+    kind = "cms" if mixer == "self_modifying" else "swiglu"
+    return nn.ModelConfig(mixer=mixer, feed_forward=kind, **sizes)
+
+
+def test_what_is_right_is_the_question_alone_and_attention_goes_no_farther(monkeypatch):
     """Models that answer 0 and 1 everywhere; what is read are the rows of the stories."""
     asked = []
 
@@ -125,28 +149,29 @@ def test_shares_are_of_the_question_alone_and_attention_goes_no_farther(monkeypa
             leave()
             asked.append((piece.tokens.shape, capacity, len(weights)))
             right = np.stack([piece.answers == n for n in range(len(weights))])
-            yield Piece(piece, right, 0.0 * right)
+            yield Piece(piece, right, 0.0 * right, 7)
 
     monkeypatch.setattr(babilong, "read", read)
     monkeypatch.setattr(babilong, "ATTENTION", 64)
-    monkeypatch.setattr(babilong, "AT_ONCE", 1280)
+    monkeypatch.setattr(babilong, "BY_ALL", 128)
+    monkeypatch.setattr(babilong, "ROWS", {64: 20, 256: 10})
     monkeypatch.setattr(babilong, "SEEN", 20 * 64 * 12)
-    sizes = dict(feed_forward="swiglu", vocabulary=275, width=8, heads=2, layers=1, hidden=4)
+    monkeypatch.setattr(babilong, "OTHERS", 1_500)
     examine = lambda mixer, streamed=2_000: babilong.examine(
-        1, TEXT, (64, 128), 24, streamed, nn.ModelConfig(mixer=mixer, **sizes), np.zeros(2),
-        lambda: None,
-    )  # fmt: skip
+        1, TEXT, (64, 128, 256), 24, streamed, small(mixer), np.zeros(2), lambda: None
+    )
     found = examine("deltanet")
-    assert found["rows"] == {"64": 20, "128": 10}
-    for length, rows in ((64, 20), (128, 10)):
-        answers = stories(1, np.random.default_rng(1), 64, length, TEXT).answers[:rows, -1, -1]
-        shares = [round(float((answers == n).mean()), 4) for n in range(2)]
-        assert found["right"][str(length)] == shares
-        assert max(shares) < 1
+    for length, rows, seeds in ((64, 20, 2), (128, 10, 2), (256, 10, 1)):
+        story = stories(1, np.random.default_rng((1, length)), rows, length, TEXT)
+        answers = story.answers[:, -1, -1]
+        of = ["".join("1" if a == n else "0" for a in answers) for n in range(seeds)]
+        assert found["right"][str(length)] == of
+        assert "0" in of[0]
+        assert found["lines"][str(length)] == babilong.lines(1, story)
     assert asked[:3] == [((20, 24), 64, 2), ((20, 24), 64, 2), ((20, 16), 64, 2)]
-    assert asked[-1] == ((1, 8), 2_000, 1)  # the stream, of one model
-    assert [mark["symbols"] for mark in found["stream"]] == [1008, 2000]
-    assert all(mark["resident_mib"] > 10 for mark in found["stream"])
+    assert asked[-1] == ((1, 12), 24, 1)  # the stream: one model, room for a piece
+    assert [mark["symbols"] for mark in found["stream"]] == [1032, 1500]
+    assert examine("self_modifying")["stream"][-1]["symbols"] == 2_000
     assert "stream" not in examine("deltanet", 0)
     asked.clear()
     found = examine("attention")
@@ -155,28 +180,97 @@ def test_shares_are_of_the_question_alone_and_attention_goes_no_farther(monkeypa
     assert {shape for shape, *_ in asked} == {(20, 12), (20, 4)}  # smaller pieces
 
 
-def record(shares, stream):
+def test_a_stream_is_carried_in_the_state_of_a_piece():
+    config = small("deltanet")
+    weights = learner.make(config, steps=1).init(jnp.arange(1)).params
+    marks = babilong.stream(1, TEXT, 64, 3_000, config, weights, lambda: None)
+    assert [mark["symbols"] for mark in marks] == [1024, 3000]
+    shapes = jax.eval_shape(lambda: nn.LanguageModel(config, rngs=nnx.Rngs(0)).init_state(1, 64))
+    size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes))
+    assert [mark["state"] for mark in marks] == [size, size]
+    assert all(mark["finite"] and mark["of"] == "process" for mark in marks)
+
+
+def test_a_state_that_grows_is_seen():
+    """The control: attention keeps every symbol, and with room for a piece it goes astray."""
+    config = small("attention")
+    grows = np.diff([state_bytes(config, n) for n in (100, 200, 300)])
+    assert grows.tolist() == [100 * 2 * 4 * config.width] * 2  # keys and values in float32
+    batch = Batch(*(np.zeros((1, 48), int) for _ in range(3)))
+    weights = learner.make(config, steps=1).init(jnp.arange(1)).params
+    of = lambda capacity: [*read(config, weights, cut(batch, 24), capacity=capacity)]
+    assert of(48)[-1].carried - of(24)[-1].carried == 24 * 2 * 4 * config.width
+    assert np.isfinite(of(48)[-1].loss).all()
+    assert not np.isfinite(of(24)[-1].loss).all()
+
+
+def test_memory_that_grows_is_seen(monkeypatch):
+    """A reader that keeps 4 MiB a piece, is carried farther each time, and goes astray."""
+    kept = []
+
+    def read(model, weights, given, *, capacity, leave):
+        for n, piece in enumerate(given):
+            kept.append(np.ones(2**19))
+            lost = np.full(piece.tokens.shape, np.nan if n > 20 else 0.0)[None]
+            yield Piece(piece, lost > 0, lost, n)
+
+    monkeypatch.setattr(babilong, "read", read)
+    first, last = babilong.stream(1, TEXT, 64, 2_048, small("deltanet"), {}, lambda: None)
+    assert last["mib"] - first["mib"] > 0.8 * 16 * 4
+    assert (first["state"], last["state"]) == (15, 31)
+    assert first["finite"]
+    assert not last["finite"]
+    monkeypatch.setattr(resident, "on_device", lambda: 3.25)
+    (*_, last) = babilong.stream(1, TEXT, 64, 2_048, small("deltanet"), {}, lambda: None)
+    assert (last["mib"], last["of"]) == (3.2, "device")
+
+
+def record(right, stream=()):
     bins = {"trained": {"rows": [1.0] * 3, "tokens": [1.0] * 3, "loss": [0.0] * 3}}
     found = {"validation": 1.0, "validations": [1.0] * 3, **bins}
-    exam = {"right": shares, "rows": dict.fromkeys(shares, 64), **stream}
+    lines = {n: {"most frequent answer": int(n) / 1024, "last": 0.25} for n in right}
+    exam = {"right": right, "lines": lines, **({"stream": stream} if stream else {})}
     return {"": {"rates": {"0.01": found}, "rate": "0.01", "steps": 9, "exam": exam}}
 
 
-def test_tables_show_lengths_means_and_memory(tmp_path):
+def test_tables_show_lengths_means_memory_and_who_is_ahead(tmp_path):
     plan = {"bins": {"trained": (1, 2)}, "stages": [[0, 128]], "tested": 9}
-    stream = {"stream": [{"symbols": 1024, "resident_mib": 90.2}]}
+    mark = lambda n, mib, finite=True: dict(
+        symbols=n, mib=mib, of="process", state=8 * n, finite=finite
+    )
+    whole, half, none = "11111111", "11110000", "00000000"
     models = {
-        "hope": record({"128": [1.0] * 3, "256": [0.5, 0.6, 0.7]}, stream),
-        "transformer": record({"128": [0.9] * 3}, {}),
+        "hope": record(
+            {"128": [whole] * 3, "256": [whole] * 3, "512": [whole]},
+            [mark(1024, 90.2), mark(5000, 91.2, False)],
+        ),
+        "titans": record(
+            {"128": [half] * 3, "256": [whole, half, none], "512": [none]}, [mark(1024, 77.2)]
+        ),
+        "deltanet": record({"128": [none] * 3, "256": [none] * 3, "512": [half]}),
+        "gated deltanet": record({"128": [whole] * 3, "256": [whole, whole, half]}),
+        "transformer": record({"128": [whole] * 3}),
     }
     results = {"1 fact": {"plan": plan, "chance": {"trained": 0.25}, "models": models}}
-    text = babilong.shown(results)
-    assert "| hope | 100 | 60 (50 to 70) | 80.0 |" in text
-    assert "| transformer | 90 |  |  |" in text
-    assert "| *most frequent answer* | 25.0 | 25.0 | 25.0 |" in text
-    assert "| *rows of each seed* | 64 | 64 |  |" in text
-    assert "| 1 fact | hope | 90 |" in text
-    babilong.plot(tmp_path / "lengths.png", results)
+    sizes = {"1 fact": {name: {"": 12_345} for name in models}}
+    text = babilong_table.shown(results, sizes)
+    assert "| model | state | 128 | 256 | 512 | mean to 256 |" in text
+    assert "| hope | 12,345 | 100 | 100 | 100 | 100.0 |" in text
+    assert "| titans | 12,345 | 50 | 50 (0 to 100) | 0 | 50.0 |" in text
+    assert "| transformer | 12,345 | 100 |  |  |  |" in text
+    assert "| *most frequent answer* |  | 12.5 | 25.0 | 50.0 | 18.8 |" in text
+    assert "| *rows* |  | 8 | 8 | 8 |  |" in text
+    assert "| *seeds that read them* |  | 3 | 3 | 1 |  |" in text
+    assert "| 1 fact | hope | 90 | 91 | 8,192 | 40,000 | no |" in text
+    assert "| 1 fact | titans | 77 |  | 8,192 | 8,192 | yes |" in text
+    assert "Hope against titans, 1 fact: +50.0 ± 17.5 points, ahead; at 512" in text
+    assert "at 512 symbols alone +100.0 ± 0.0 points, ahead." in text
+    assert "Hope against deltanet, 1 fact: +100.0 ± 0.0 points, ahead; at 512" in text
+    assert "alone +50.0 ± 18.9 points, ahead." in text
+    assert "Hope against gated deltanet, 1 fact: +8.3 ± 8.9 points, level; at 256" in text
+    aim = "The aim: at least level with Titans: yes; above deltanet: yes; above gated deltanet: no."
+    assert aim in text
+    babilong_table.plot(tmp_path / "lengths.png", results)
     assert (tmp_path / "lengths.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -188,6 +282,10 @@ def test_bad_input_gets_a_sentence():
         stories(1, draw, 1, 90, TEXT[:0])
     with pytest.raises(ValueError, match="`streamed` is 10; it must be >= 1,024"):
         babilong.Babilong(streamed=10)
+    for longest in (10, 2**20 + 1):
+        said = f"`longest` is {longest}; it must be from 1,024 to 1,048,576"
+        with pytest.raises(ValueError, match=said):
+            babilong.Babilong(longest=longest)
     with pytest.raises(ValueError, match="`asked` is 1; it must be from 0 to below 1"):
         stories(1, draw, 1, 90, TEXT, asked=1)
     with pytest.raises(ValueError, match="`asked` is 2; it must be from 0 to 1"):

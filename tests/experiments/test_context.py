@@ -56,10 +56,42 @@ def test_tables_show_perplexities(tmp_path):
     models = {"hope": {"": {"rates": {"0.01": found}, "rate": "0.01", "steps": 9, "exam": exam}}}
     plan = {"bins": {"fresh": (1, 2)}, "stages": [[0, 256]], "tested": 9}
     results = {context.TASK: {"plan": plan, "chance": {"fresh": 0.1}, "models": models}}
-    text = context.shown(results)
-    assert "| model | 1 to 16 | 17 to 32 |" in text
-    assert "| hope | 6.500 (4.000 to 9.000) | 2.000 (2.000 to 2.000) |" in text
+    sizes = {"hope": {"": 4_321}}
+    text = context.shown(results, sizes)
+    assert "| model | state | 1 to 16 | 17 to 32 |" in text
+    assert "| hope | 4,321 | 6.500 (4.000 to 9.000) | 2.000 (2.000 to 2.000) |" in text
     exam["loss"][0][1] = None
-    assert "| nan (nan to nan) |" in context.shown(results)
+    assert "| nan (nan to nan) |" in context.shown(results, sizes)
     context.plot(tmp_path / "curves.png", results[context.TASK])
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_hope_is_compared_seed_by_seed_beyond_the_length_trained_on():
+    """Positions count alike: 32 of the stretch to 64, 16 of the one to 80."""
+
+    def record(*by_seed):
+        found = {"validation": 1.0, "fresh": {"tokens": [0.5] * 3}}
+        exam = {
+            "ends": [16, 32, 64, 80],
+            "loss": [[9.0, 9.0, late, last] for late, last in by_seed],
+        }
+        return {"": {"rates": {"0.01": found}, "rate": "0.01", "steps": 9, "exam": exam}}
+
+    models = {
+        "hope": record((1.0, 4.0), (1.1, 4.0), (1.2, 4.0)),
+        "titans": record((1.0, 4.3), (1.1, 4.3), (1.2, 4.3)),
+        "deltanet": record((1.2, 4.0), (1.1, 4.0), (1.0, 4.0)),
+        "gated deltanet": record((1.0, 1.0), (1.0, 1.0), (1.0, None)),
+    }
+    task = {"plan": {"stages": [[0, 32]]}, "models": models}
+    said, lines, aim = context.verdicts(task)
+    assert "after the first 32" in said
+    assert lines.splitlines() == [
+        "* Hope against titans: -0.1000 ± 0.0000 nats, ahead.",
+        "* Hope against deltanet: +0.0000 ± 0.0770 nats, level.",
+        "* Hope against gated deltanet: +nan nats, a training diverged.",
+    ]
+    assert aim == (
+        "The aim: at least level with Titans: yes; above deltanet: no; above gated deltanet: no."
+    )
+    assert context.verdicts({**task, "plan": {"stages": [[0, 80]]}}) == []

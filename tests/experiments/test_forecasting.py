@@ -120,5 +120,24 @@ def test_tables_show_models_rules_and_the_control(tmp_path):
     assert "| hope | 0.450 (0.400 to 0.500) |" in text
     assert "| *control: what follows other windows* | 0.650 (0.600 to 0.700) |" in text
     assert "| *linear* | 2.000 |" in text
+    assert "* 6 months: linear -0.550 ± 0.050, level." in text
     forecasting.plot(tmp_path / "errors.png", results)
     assert (tmp_path / "errors.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_hope_is_compared_seed_by_seed_with_rivals_and_the_linear_forecaster():
+    record = lambda *missed: {"": {"rates": {"0.01": {"mse": [*missed]}}, "rate": "0.01"}}
+    models = {
+        "hope": record(0.4, 0.5, 0.6),
+        "titans": record(0.5, 0.6, 0.7),
+        "deltanet": record(0.6, 0.5, 0.4),
+        forecasting.CONTROL: record(1.0, 1.0, 1.0),
+    }
+    task = {"models": models, "lines": {"linear": {"mse": 0.1}}}
+    _, lines = forecasting.verdicts({"6": task})
+    assert lines == (
+        "* 6 months: titans -0.100 ± 0.000, ahead; deltanet +0.000 ± 0.115, level; "
+        "linear +0.400 ± 0.058, behind."
+    )
+    del models["hope"]
+    assert forecasting.verdicts({"6": task}) == []

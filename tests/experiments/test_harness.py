@@ -134,6 +134,47 @@ def test_without_the_harness_a_sentence(run, monkeypatch):
         harness.model(run)
 
 
+def five_items():
+    """Five records of each format, and a last word; `test_choice_formats.py`'s."""
+    five = {}
+    exec(compile(TASKS.read_text(), str(TASKS), "exec"), five)
+    words = [{"text": f"Answer: the {word}"} for word in "cat sky area yes on".split()]
+    return {name: rows for name, (rows, _, _) in five["FIVE"].items()} | {"lambada": words}
+
+
+def prompts(items):
+    """What our scorer asks of a model."""
+    return [
+        (context, f" {choice}")
+        for one in items
+        for context, choice in zip(one.contexts, one.choices, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("name", choice_formats.FORMATS)
+def test_requests_are_encoded_as_our_scorer_does(name, answers, tmp_path, monkeypatch):
+    """What a harness would send of each format's five items, as the model gets it from either."""
+    sent = []
+
+    def of_tokens(model, pairs, size, *, batch, longest):
+        sent.append([(before.tolist(), after.tolist()) for before, after in pairs])
+        return [(-1.0, True)] * len(pairs)
+
+    monkeypatch.setattr(multiple, "of_tokens", of_tokens)
+    path = tmp_path / f"{name}.jsonl"
+    path.write_text("".join(json.dumps(r) + "\n" for r in five_items()[name]))
+    items = choice_formats.read(name, path)
+    assert len(items) == 5
+    answers.loglikelihood(asked(*prompts(items)))
+    multiple.score(answers.model, answers.tokenizer, items)
+    adapter, scorer = sent
+    encoded = [multiple.encode(answers.tokenizer, *pair) for pair in prompts(items)]
+    assert adapter == scorer == [(before.tolist(), after.tolist()) for before, after in encoded]
+    for (before, after), (context, continuation) in zip(adapter, prompts(items), strict=True):
+        assert before[0] == answers.tokenizer.separator
+        assert answers.tokenizer.decode(before[1:] + after) == (context + continuation).encode()
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default")
 def test_the_harness_and_our_scorer_agree(run, tmp_path, monkeypatch):
@@ -143,10 +184,7 @@ def test_the_harness_and_our_scorer_agree(run, tmp_path, monkeypatch):
     lm_eval = pytest.importorskip("lm_eval")
     from lm_eval.tasks._yaml_loader import load_yaml
 
-    five = {}
-    exec(compile(TASKS.read_text(), str(TASKS), "exec"), five)
-    records = {name: rows for name, (rows, _, _) in five["FIVE"].items()}
-    records["lambada"] = [{"text": f"Answer: the {word}"} for word in "cat sky area yes on".split()]
+    records = five_items()
     files = {
         "piqa": "piqa/piqa.yaml",
         "hellaswag": "hellaswag/hellaswag.yaml",
@@ -179,11 +217,25 @@ def test_the_harness_and_our_scorer_agree(run, tmp_path, monkeypatch):
             rows = [r | {"label": str(r["label"])} for r in rows]
         path.write_text("".join(json.dumps(r) + "\n" for r in rows))
         task = _task(load_yaml, pathlib.Path(lm_eval.__file__).parent / "tasks" / file, path)
+        adapter, sent = harness.model(run), []
+        asked_for = adapter.loglikelihood
+
+        def listening(requests, *args, sent=sent, asked_for=asked_for, **named):
+            sent += [request.args for request in requests]
+            return asked_for(requests, *args, **named)
+
+        monkeypatch.setattr(adapter, "loglikelihood", listening)
         found = lm_eval.simple_evaluate(
-            model=harness.model(run), tasks=[task], bootstrap_iters=0, verbosity="ERROR"
+            model=adapter, tasks=[task], bootstrap_iters=0, verbosity="ERROR"
         )
         theirs = found["results"][task["task"]]
-        ours = multiple.score(model, tokenizer, choice_formats.read(name, path))
+        items = choice_formats.read(name, path)
+        ours = multiple.score(model, tokenizer, items)
+        # The same prompts; where white space stands, before or after the cut, changes nothing.
+        cut = lambda pairs: sorted(
+            tuple(part.tolist() for part in multiple.encode(tokenizer, *pair)) for pair in pairs
+        )
+        assert cut(sent) == cut(prompts(items)), name
         assert theirs["acc,none"] == pytest.approx(ours.acc), name
         if "acc_norm,none" in theirs:
             assert theirs["acc_norm,none"] == pytest.approx(ours.acc_norm), name

@@ -175,14 +175,26 @@ def test_the_table_shows_what_was_given():
     assert "pilot" not in text
 
 
-def test_hope_is_level_within_two_standard_errors():
+def test_hope_is_ahead_or_behind_where_students_t_is_sure():
     made = lambda *bits: {"seeds": [seed(b) for b in bits]}
-    said = lambda hope: language_table.verdicts(
-        {"hope": hope, "transformer++": made(1.0, 1.1, 1.2)}
-    )
-    assert "level" in said(made(1.1, 1.0, 1.2))[0]
-    assert "+0.100 ± 0.006 bits per byte, behind" in said(made(1.11, 1.19, 1.3))[0]
+    rival = 1.0, 1.1, 1.2
+    said = lambda *bits: language_table.verdicts(
+        {"hope": made(*bits), "transformer++": made(*rival[: len(bits)])}
+    )[0]
+    assert "+0.000 ± 0.058 bits per byte, level" in said(1.1, 1.0, 1.2)
+    assert "+0.100 ± 0.006 bits per byte, behind" in said(1.11, 1.19, 1.3)
+    assert "-0.100 ± 0.006 bits per byte, ahead" in said(0.91, 0.99, 1.1)
+    # 3.5 standard errors, of two degrees of freedom: 4.3 would be sure.
+    assert "-0.100 ± 0.029 bits per byte, level" in said(0.95, 1.0, 1.05)
+    assert "-0.300 bits per byte, one seed: no error known" in said(0.7)
     assert language_table.verdicts({"hope": made(1.0)}) == []
+
+
+def test_a_vocabulary_that_is_refused_is_called_as_its_flag_is(tmp_path, capsys):
+    given = ["--runs", str(tmp_path / "runs"), "--place", str(tmp_path)]
+    for size, said in (("200", "200; it must be at least 256"), ("99999", "99999, but the text")):
+        assert run.main(["run", "language-tiny", "--vocabulary", size, *given]) == 2
+        assert f"`vocabulary` is {said}" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -6,9 +6,9 @@ import pytest
 from nlx_experiments import run
 
 WORDS = {
-    "needle": ["S-NIAH-1:", "| transformer | 0 |", "needle-map.png"],
+    "needle": ["S-NIAH-1:", "| transformer | 16,392 | 0 |", "needle-map.png"],
     "babilong": ["1 fact, by the length of the row", "| 1 fact | deltanet |"],
-    "context": ["| model | 1 to 16 | 17 to 32 | 33 to 64 |", "context-curves.png"],
+    "context": ["| model | state | 1 to 16 | 17 to 32 | 33 to 64 |", "context-curves.png"],
     "forecasting": ["| *persistence* | 1.323 |", "| 6 | transformer | 0.01 |"],
 }
 PICTURES = {"needle": "-map", "babilong": "-lengths", "context": "-curves", "forecasting": ""}
@@ -38,7 +38,8 @@ def test_bad_input_gets_a_sentence(tmp_path, capsys):
         (["needle-tiny", "--models", "hop"], "`models` holds 'hop'; it must be one of transformer"),
         (["forecasting-tiny", "--only", "7"], "`only` holds '7'; it must be one of 6."),
         (["babilong-tiny", "--data", "nowhere"], "`--data` holds nowhere, which does not exist"),
-        (["needle-tiny", "--longest", "9"], "`longest` is 9; it must be an integer >= 1,024."),
+        (["needle-tiny", "--longest", "9"], "`longest` is 9; it must be from 1,024 to 16,384."),
+        (["needle", "--data", "here"], "--data"),
     ):
         assert run.main(["run", *argv, *given]) == 2
         assert said in capsys.readouterr().err

@@ -23,7 +23,7 @@ def test_models_have_equal_parameters_and_cells_know_their_exam(module, size):
         babilong: lambda longest: babilong.full(size, TEXTS, longest, 5_000),
         context: lambda longest: context.full(size._replace(examined=longest), TEXTS),
     }[module]
-    short, long = made(1024), made(2048)
+    short, long = made(1024), made(4096)
     for name, row in short.items():
         assert list(row.models) == ["hope", "titans", "deltanet", "gated deltanet", "transformer"]
         counts = parameters(row.models)

@@ -214,16 +214,47 @@ def test_a_value_counts_where_all_of_it_is_right():
     assert needle_tasks.chance(kind, BYTES) == pytest.approx(1e-7)
 
 
+def test_guesses_of_who_knows_the_values_but_not_which_is_due():
+    draw = np.random.default_rng(0)
+    for name, kind in KINDS.items():
+        found = needle_tasks.guesses(kind)
+        if name not in ("MK-NIAH-1", "MQ-NIAH", "MV-NIAH"):
+            assert not found
+            continue
+        rows = compose(kind, SYMBOLS, draw, 400, 64)
+        of = lambda row: {tuple(value) for value in row}
+        any_of, left = [], []
+        for answers, scored, values in zip(
+            rows.batch.answers, rows.batch.scored, rows.values, strict=True
+        ):
+            said = [tuple(pair) for pair in answers[scored > 0].reshape(-1, 2)]
+            for n, value in enumerate(said):
+                rest = sorted(of(values) - set(said[:n]))
+                any_of.append(sorted(of(values))[draw.integers(4)] == value)
+                left.append(rest[draw.integers(len(rest))] == value)
+        assert found["any needle's value"] == 0.25
+        assert abs(np.mean(any_of) - 0.25) < 0.07
+        if name == "MK-NIAH-1":
+            assert len(found) == 1
+        else:
+            assert found["any not said yet"] == pytest.approx(25 / 48)
+            assert abs(np.mean(left) - 25 / 48) < 0.05
+
+
 SMALL = dict(
     feed_forward="swiglu", vocabulary=SYMBOLS.symbols, width=8, heads=2, layers=1, hidden=4
 )
 
 
-@pytest.fixture(
-    scope="module", params=["deltanet", pytest.param("attention", marks=pytest.mark.slow)]
-)
+SLOW = [pytest.param(mixer, marks=pytest.mark.slow)
+        for mixer in ("attention", "titans_lmm", "self_modifying")]  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=["deltanet", *SLOW])
 def trained(request):
-    config = nn.ModelConfig(mixer=request.param, **SMALL)
+    kind = "cms" if request.param == "self_modifying" else "swiglu"
+    rest = dict(feed_forward=kind, chunk_size=8, projection_chunk_size=8, memory_hidden=4)
+    config = nn.ModelConfig(mixer=request.param, **{**SMALL, **rest}, cms_periods=(1, 1, 1))
     return config, learner.make(config, steps=1).init(jnp.arange(2)).params
 
 
@@ -288,28 +319,60 @@ def test_the_grid_is_examined_cell_by_cell(monkeypatch):
     assert attends["MQ-NIAH"] == {"64": found["right"]["MQ-NIAH"]["64"]}
 
 
-def record(share):
-    right = {"S-NIAH-1": {"128": [[1.0] * 5] * 3, "4096": [[share, 1.0, 1.0, 1.0, 1.0]] * 3}}
+def record(share, *others):
+    one = lambda x: [x, 1.0, 1.0, 1.0, 1.0]
+    shares = [share, *others] if others else [share] * 3
+    right = {"MQ-NIAH": {"128": [[1.0] * 5] * 3, "4096": [one(x) for x in shares]}}
     if share is None:  # short rows alone
-        del right["S-NIAH-1"]["4096"]
-    exam = {"right": right, "chance": {"S-NIAH-1": 0.01}}
+        del right["MQ-NIAH"]["4096"]
+    exam = {"right": right, "chance": {"MQ-NIAH": 0.01}}
     bins = {"trained": {"rows": [1.0] * 3, "tokens": [1.0] * 3, "loss": [0.0] * 3}}
     found = {"validation": 1.0, "validations": [1.0] * 3, **bins}
     return {"": {"rates": {"0.01": found}, "rate": "0.01", "steps": 9, "exam": exam}}
 
 
-def test_tables_and_maps_show_lengths_depths_and_the_paper(tmp_path):
+def test_tables_and_maps_show_lengths_depths_the_paper_and_who_is_ahead(tmp_path):
     plan = {"bins": {"trained": (1, 2)}, "stages": [[0, 128]], "tested": 9}
-    models = {"hope": record(0.5), "transformer": record(None), "titans": record(0.0)}
+    models = {
+        "hope": record(0.5),
+        "transformer": record(None),
+        "titans": record(0.0, 0.5, 1.0),
+        "deltanet": record(0.0),
+        "gated deltanet": record(1.0),
+    }
+    sizes = {name: {"": 1_234} for name in models}
     results = {needle_table.TASK: {"plan": plan, "chance": {"trained": 0.1}, "models": models}}
-    text = needle_table.shown(results)
-    assert "| hope | 100 | 90 [100] |" in text
-    assert "| titans | 100 | 80 [100] |" in text
-    assert "| transformer | 100 |  |" in text
-    assert "| *each symbol drawn* | 1 | 1 |" in text
-    assert "beyond those trained on: hope 90.0, titans 80.0." in text
+    text = needle_table.shown(results, sizes, 4_096)
+    assert "after 4,096 symbols. This is far from RULER" in text
+    assert "| hope | 1,234 | 100 | 90 [31.7] |" in text
+    assert "| titans | 1,234 | 100 | 90 (80 to 100) [22.8] |" in text
+    assert "| transformer | 1,234 | 100 |  |" in text
+    assert "| *each symbol drawn* |  | 1 | 1 |" in text
+    assert "| *any needle's value* |  | 25 | 25 |" in text
+    assert "| *any not said yet* |  | 52 | 52 |" in text
+    assert "trained on: hope 90.0, titans 90.0, deltanet 80.0, gated deltanet 100.0." in text
+    assert "* Hope against titans: +0.0 ± 5.8 points, level." in text
+    assert "* Hope against deltanet: +10.0 ± 0.0 points, ahead." in text
+    assert "* Hope against gated deltanet: -10.0 ± 0.0 points, behind." in text
+    aim = "The aim: at least level with Titans: yes; above deltanet: yes; above gated deltanet: no."
+    assert aim in text
     needle_table.draw(tmp_path / "map.png", results[needle_table.TASK])
     assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_titans_also_competes_with_a_larger_memory(monkeypatch):
+    made = []
+    monkeypatch.setattr(needle, "config", lambda *args, **fields: made.append((args, fields)))
+    monkeypatch.setattr(needle, "exam", lambda grid, writings: None)
+    monkeypatch.setattr(
+        needle, "contestants", lambda sizes, n: {m: {"": m} for m in ("hope", "titans", "deltanet")}
+    )
+    (row,) = needle.full(needle.FULL, 1024, needle._in_symbols()).values()
+    assert {m: len(v) for m, v in row.models.items()} == {"hope": 2, "titans": 2, "deltanet": 1}
+    (_, sizes, parameters), _ = made[1]
+    usual = needle.base(sizes["vocabulary"], needle.FULL.width, needle.FULL.layers)
+    assert sizes == {**usual, "memory_hidden": 4 * usual["memory_hidden"]}
+    assert parameters == needle.FULL.parameters
 
 
 def test_bad_input_gets_a_sentence():
@@ -324,7 +387,13 @@ def test_bad_input_gets_a_sentence():
         needle_writing.in_symbols(letters=1)
     with pytest.raises(ValueError, match="too few keys for 4 different ones"):
         compose(KINDS["MK-NIAH-1"], needle_writing.in_symbols(letters=3), draw, 1, 90)
-    with pytest.raises(ValueError, match="`longest` is 10; it must be an integer >= 1,024"):
-        needle.Needle(longest=10)
+    for options, longest, most in (
+        (needle.Needle, 10, "16,384"),
+        (needle.Needle, 16_385, "16,384"),
+        (needle.Gpu, 65_537, "65,536"),
+    ):
+        said = f"`longest` is {longest}; it must be from 1,024 to {most}."
+        with pytest.raises(ValueError, match=said):
+            options(longest=longest)
     with pytest.raises(needle_writing.Refused, match="`--data` leaves 9 bytes to one part"):
         compose(KINDS["S-NIAH-2"], needle_writing.in_bytes(SOURCE[:9]), draw, 1, 900)

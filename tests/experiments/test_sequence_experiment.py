@@ -143,15 +143,19 @@ def test_the_control_is_trained_on_answers_of_other_rows(record, tmp_path, monke
         ("plus one, one", "plus one", PLAN.rates, 900, exam),
         ("plus one, control", "plus one, shuffled", PLAN.rates[-1:], 200, None),
     ]
+    assert results["plus one"]["scored"] == {"short": 512 * 4, "long": 512 * 8}
     (text,) = sequence_table.control(results)
     chance = "/".join(f"{100 * record['chance'][b]:.1f}" for b in ("short", "long"))
     assert f"plus one 100.0/100.0 ({chance})." in text
     assert text.endswith("above it: plus one.")
-    found = record["rates"]["0.03"] | {b: {"tokens": [0.3, 0.2]} for b in PLAN.bins}
+    found = record["rates"]["0.03"] | {b: {"tokens": [0.3, 0.3]} for b in PLAN.bins}
     told = record | {"rates": {"0.03": found}}
     plan = dataclasses.asdict(PLAN)
     (text,) = sequence_table.control({"a": {"plan": plan, "control": told}, "b": {}})
-    assert text.endswith("above it: none. Not run for b.")
+    assert text.endswith("above it: none. Not run for b.")  # 512 answers, as many as rows
+    counts = dict.fromkeys(PLAN.bins, 4096)
+    (text,) = sequence_table.control({"a": {"plan": plan, "control": told, "scored": counts}})
+    assert text.endswith("above it: a.")
     (text,) = sequence_table.control({"plus one": {"plan": {"bins": {}}}})
     assert text == "Control on shuffled answers: not run for plus one."
     options = Options(runs=tmp_path / "other", place=tmp_path / "elsewhere", models=("one",))

@@ -124,7 +124,7 @@ def test_words_and_bytes_by_hand():
     assert evaluate.word_perplexity(bits * 1e5, 4) is None
 
 
-def test_scores_are_of_the_same_bytes_for_either_tokenizer(texts, bpe):
+def test_scores_are_of_the_bytes_and_words_that_the_scored_tokens_stand_for(texts, bpe):
     """A model that spends 2 bits on every byte scores 2, in any tokens."""
     corpus = data.load([texts])
     found = []
