@@ -38,7 +38,12 @@ DIAGRAM, HEATMAP, WHITEBOX = (
 )
 OF_PICTURES = "experiments/test_pictures.py"
 CMS, STREAM, OF_CMS = "nlx/nn/cms.py", "nlx/nn/continuum.py", "nlx/nn/test_continuum.py"
-LEARNER, LOOP = "experiments/nlx_experiments/learner.py", "experiments/nlx_experiments/loop.py"
+LEARNER, LOOP, RECORD = (
+    f"experiments/nlx_experiments/{name}.py" for name in ("learner", "loop", "record")
+)
+PLACEMENT, STEP = "kernels/nlx_kernels/placement.py", "nlx/train.py"
+CHECKPOINTS = "experiments/nlx_experiments/checkpoints.py"
+OF_STEP, OF_CHECKPOINTS = "nlx/test_train.py", "experiments/test_checkpoints.py"
 OF_TRAIN = "experiments/test_train.py"
 SCAN_TPU = "kernels/nlx_kernels/_chunk_scan_tpu.py"
 SPLIT = "kernels/nlx_kernels/linear_memory/split.py"
@@ -536,7 +541,7 @@ MUTATIONS = (
     ),
     Mutation(
         "bits, not nats, in a run's metrics",
-        LOOP,
+        RECORD,
         "loss / math.log(2) / self",
         "loss / self",
         OF_TRAIN,
@@ -593,7 +598,7 @@ MUTATIONS = (
     Mutation(
         "that a whole checkpoint of other code is refused",
         "experiments/nlx_experiments/checkpoints.py",
-        "if self._is_whole(step, like):",
+        "if hosts.any_of(self._is_whole(step, like)):",
         "if False:",
         "experiments/test_checkpoints.py",
     ),
@@ -817,23 +822,23 @@ MUTATIONS = (
     ),
     Mutation(
         "that each device of a mesh runs the kernels on its part",
-        SCAN_TPU,
-        "    if mesh.size <= 1 or mesh.are_all_axes_manual:\n",
+        PLACEMENT,
+        "    if math.prod(free.values()) == 1:\n",
         "    if True:\n",
         OF_SHARDED,
     ),
     Mutation(
         "the heads that a device of a mesh has",
-        "kernels/nlx_kernels/_tpu.py",
-        "return h if axis is None else h // jax.sharding.get_abstract_mesh().shape[axis]",
-        "return h",
+        PLACEMENT,
+        '"h": HEADS,',
+        '"h": (),',
         OF_SHARDED,
     ),
     Mutation(
         "rows that a mesh does not divide",
-        "kernels/nlx_kernels/_tpu.py",
-        "if free and length % mesh.shape[name] == 0 else",
-        "if free else",
+        PLACEMENT,
+        "if several and length % math.prod(sizes[n] for n in (*found, name)) == 0:",
+        "if several:",
         OF_SHARDED,
     ),
     Mutation(
@@ -1629,7 +1634,7 @@ MUTATIONS = (
     ),
     Mutation(
         "the bytes of a token in a run's metrics",
-        LOOP,
+        RECORD,
         "loss / math.log(2) / self.bytes_a_token",
         "loss / math.log(2)",
         OF_TOKENS,
@@ -1892,6 +1897,97 @@ MUTATIONS = (
         "generator.permutation(64) if n else np.arange(64)",
         "np.arange(64)",
         OF_STREAMS,
+    ),
+    Mutation(
+        "rows apart in the parts of a batch",
+        STEP,
+        "jnp.swapaxes(x.reshape(x.shape[0] // count, count, *x.shape[1:]), 0, 1)",
+        "x.reshape(count, x.shape[0] // count, *x.shape[1:])",
+        OF_STEP,
+    ),
+    Mutation(
+        "what the parts of a batch count",
+        STEP,
+        "jnp.float32(1) if weigh is None else weigh(params, some)",
+        "jnp.float32(1)",
+        OF_STEP,
+    ),
+    Mutation(
+        "that few steps tell no spike",
+        STEP,
+        "return enough & (norm >",
+        "return (norm >",
+        OF_STEP,
+    ),
+    Mutation(
+        "that a spike does not count as usual",
+        STEP,
+        "recent = jnp.where(taken, newest, state.recent)",
+        "recent = newest",
+        OF_STEP,
+    ),
+    Mutation(
+        "that checkpoints are read back",
+        CHECKPOINTS,
+        "self._guarded(step, lambda: hosts.by_first(lambda: self._read_back(step)))",
+        "pass",
+        OF_CHECKPOINTS,
+    ),
+    Mutation(
+        "checkpoints that stay for ever",
+        CHECKPOINTS,
+        "if self.keep_every is None or old % self.keep_every:",
+        "if True:",
+        OF_CHECKPOINTS,
+    ),
+    Mutation(
+        "the place of an entry in its checksum",
+        "experiments/nlx_experiments/checksums.py",
+        "weight = (place * u32(2) + u32(1)) * u32(FACTOR + 2 * n)",
+        "weight = u32(FACTOR + 2 * n)",
+        "experiments/test_checksums.py",
+    ),
+    Mutation(
+        "which rows a process reads",
+        "experiments/nlx_experiments/data.py",
+        "self.windows[int(index) * self.batch + row]",
+        "self.windows[int(index) * self.batch]",
+        "experiments/test_hosts.py",
+    ),
+    Mutation(
+        "the turns of a loop in what is sent",
+        "experiments/nlx_experiments/collectives.py",
+        "often * int(turns[1]) if loop else often",
+        "often",
+        "experiments/test_collectives.py",
+    ),
+    Mutation(
+        "the turns of a loop in what is counted",
+        "nlx/inspect/flops.py",
+        'return given["length"] * inner',
+        "return inner",
+        "nlx/inspect/test_flops.py",
+    ),
+    Mutation(
+        "weights to begin with",
+        LEARNER,
+        "        if config.init_from is None:\n",
+        "        if True:\n",
+        "experiments/test_export.py",
+    ),
+    Mutation(
+        "that time that is over stops a run",
+        "experiments/nlx_experiments/console.py",
+        " or time.monotonic() > self.end",
+        "",
+        OF_TRAIN,
+    ),
+    Mutation(
+        "that a probe looks every so many steps",
+        LOOP,
+        "done % config.probe_every == 0",
+        "True",
+        "experiments/test_record.py",
     ),
 )
 
