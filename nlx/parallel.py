@@ -50,7 +50,8 @@ def make_mesh(
 
     Raises ValueError for other numbers, and for ones whose product isn't that of the devices.
     """
-    sizes = dict(zip(AXES, (data, fsdp, tensor, sequence), strict=True))
+    numbers = data, fsdp, tensor, sequence
+    sizes: dict[str, int] = dict(zip(AXES, numbers, strict=True))
     devices = jax.devices() if devices is None else list(devices)
     for name, size in sizes.items():
         if not isinstance(size, int) or isinstance(size, bool) or (size < 1 and size != -1):

@@ -184,7 +184,7 @@ def shardings(
     with as_sentence():
         params = parallel.parameter_shardings(model, mesh)
     memories = optim.state_sharding(rule, params, nnx.state(model, nnx.Param))
-    return TrainState(whole, params, memories, whole, whole)
+    return TrainState._make((whole, params, memories, whole, whole))
 
 
 def flops_a_token(config: TrainConfig) -> float:

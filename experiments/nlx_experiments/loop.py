@@ -69,7 +69,9 @@ def train(config: TrainConfig) -> dict[str, Any]:
         ) as checkpoints:
             state, position = _resume(config, functions, checkpoints, say)
             result = run.read("result")
-            if hosts.any_of(state.step == config.steps and result is not None):
+            finished = result is not None and int(state.step) == config.steps
+            if hosts.any_of(finished):
+                assert result is not None  # all processes see one folder
                 say(f"{run.folder} is finished: {_sentence(result)}")
                 return result
             hosts.by_first(lambda: runs.note_environment(run, say))

@@ -117,7 +117,7 @@ def mlp_memory(
     written = {"k": k, "v": v, "rate": rate, "retain": retain, "momentum": momentum, "erase": erase}
     q, written, state, mark = quarantine(q, written, state, segment_ids)
     given = {"q": q, **written, "weights": weights, "state": state, "segment_ids": segment_ids}
-    a_state = MLPMemoryState("bh", "bh", None if momentum is None else "bh", "b")
+    a_state = MLPMemoryState._make(("bh", "bh", None if momentum is None else "bh", "b"))
     special = {"weights": "h", "state": None if state is None else a_state, "segment_ids": "b"}
 
     def part(q, **rest):

@@ -113,7 +113,7 @@ def self_modifying_memory(
     given = dict(
         x=x, q=q, parameters=parameters, state=state, momentum=momentum, segment_ids=segment_ids
     )
-    a_state = SelfModifyingState("bh", "bh", None if momentum is None else "bh", "b")
+    a_state = SelfModifyingState._make(("bh", "bh", None if momentum is None else "bh", "b"))
     special = {"parameters": "h", "state": None if state is None else a_state, "segment_ids": "b"}
 
     def part(x, q, **rest):
