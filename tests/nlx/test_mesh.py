@@ -71,9 +71,12 @@ def eight_devices(name, mesh_names):
         ("hope", ["all"]),
         *(
             pytest.param(name, list(MESHES), marks=pytest.mark.slow)
-            for name in ("hope", "titans-mac", "transformer++", "gated-deltanet", "titans-lmm")
+            for name in ("hope", "titans-mac", "transformer++")
         ),
-        pytest.param("samba", ["tensor", "sequence"], marks=pytest.mark.slow),
+        *(
+            pytest.param(name, ["all"], marks=pytest.mark.slow)
+            for name in ("gated-deltanet", "titans-lmm", "samba")
+        ),
     ],
 )
 def test_a_mesh_changes_nothing(name, meshes, on_eight_devices):
