@@ -1957,7 +1957,7 @@ MUTATIONS = (
     Mutation(
         "the turns of a loop in what is sent",
         "experiments/nlx_experiments/collectives.py",
-        "often * int(turns[1]) if loop else often",
+        "often * turns if loop else often",
         "often",
         "experiments/test_collectives.py",
     ),

@@ -113,10 +113,11 @@ def _times(computations: Mapping[str, list[str]], entry: str) -> dict[str, int]:
             return
         times[name] += often
         for line in computations[name]:
-            turns = _TURNS.search(line)
+            known = _TURNS.search(line)
+            turns = int(known[1]) if known else 1
             for how, called in _calls(line):
-                loop = how in ("body", "condition") and turns is not None
-                run(called, often * int(turns[1]) if loop else often)
+                loop = how in ("body", "condition")
+                run(called, often * turns if loop else often)
 
     run(entry, 1)
     return times
