@@ -86,9 +86,10 @@ class Checkpoints:
         try:
             if error is None or hosts.count() == 1:  # others may be gone
                 self.wait()
-        except Refused:
+        except Refused as refused:
             if error is None:
                 raise
+            self.say(str(refused))
         finally:
             self.manager.close()
 
@@ -144,14 +145,15 @@ class Checkpoints:
         """
         steps = sorted(self.manager.all_steps(), reverse=True)
         for n, step in enumerate(steps):
-            saved, error = None, None
-            try:
-                saved = self._read(step, like)
-            except Refused:
-                raise
-            except Exception as found:  # whatever damage makes the readers raise
-                error = found
-            if not hosts.any_of(error is not None):
+            saved, error = None, self._damage(step)
+            if not hosts.any_of(error is not None):  # then no process stops in the middle of it
+                try:
+                    saved = self._read(step, like)
+                except Refused:
+                    raise
+                except Exception as found:  # whatever damage makes the readers raise
+                    error = found
+            if not hosts.any_of(saved is None):
                 return saved
             error = error or ValueError("another process cannot read it")
             if hosts.any_of(self._is_whole(step, like)):
@@ -167,6 +169,19 @@ class Checkpoints:
                 f"no checkpoint in {self.folder} is whole any more; to begin anew, choose another "
                 "folder."
             )
+        return None
+
+    def _damage(self, step: int) -> Exception | None:
+        """What is wrong with it on the disk: asked by the first of several processes, ahead of all.
+
+        Together they could not go on if one of them alone failed to read its part.
+        """
+        if hosts.count() == 1 or not hosts.first():
+            return None
+        try:
+            self._read_back(step)
+        except Exception as error:  # whatever damage makes the readers raise
+            return error
         return None
 
     def _read(self, step: int, like: Mapping[str, PyTree]) -> Saved:
@@ -228,17 +243,17 @@ class Checkpoints:
     def _pass_over(self, step: int, error: Exception, rest: list[int]) -> None:
         where = ""
         if not self.reads:
-            target = self._damaged / str(step)
-            while target.exists():
-                target = target.with_name(target.name + "+")
 
-            def move() -> None:
+            def move() -> pathlib.Path:
+                target = self._damaged / str(step)
+                while target.exists():
+                    target = target.with_name(target.name + "+")
                 target.parent.mkdir(exist_ok=True)
                 os.replace(self.folder / str(step), target)
+                return target
 
-            hosts.by_first(move)
+            where = f"it now lies in {hosts.by_first(move)}, and "
             self.manager.reload()
-            where = f"it now lies in {target}, and "
         self.say(
             f"The checkpoint of step {step} is damaged ({_reason(error, 160)}); {where}"
             + (f"the one of step {rest[0]} is used." if rest else "none is left.")

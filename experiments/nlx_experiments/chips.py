@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a device can do, by the name that jax gives it: for rooflines and for MFU.
 
-Makers' numbers, of one device as jax counts them (of TPU7x a chip is two): Google Cloud TPU's pages
-on system architecture (v4, v5e, v5p, v6e, TPU7x), NVIDIA's data sheets (H100 SXM, H200).
+Makers' numbers: Google Cloud TPU's pages on system architecture (v4, v5e, v5p, v6e), NVIDIA's data
+sheets (H100 SXM, H200).
 """
 
 from typing import NamedTuple
@@ -23,7 +23,6 @@ CHIPS: dict[str, Chip] = {
     "TPU v5 lite": Chip(197e12, 16 * GIB, 0.819e12, 200e9),
     "TPU v5": Chip(459e12, 95 * GIB, 2.765e12, 600e9),
     "TPU v6 lite": Chip(918e12, 32 * GIB, 1.64e12, 448e9),
-    "TPU7x": Chip(1153e12, 96 * GIB, 3.69e12, 600e9),
     "NVIDIA H100 80GB HBM3": Chip(989.5e12, 80e9, 3.35e12, 450e9),
     "NVIDIA H200": Chip(989.5e12, 141e9, 4.8e12, 450e9),
 }

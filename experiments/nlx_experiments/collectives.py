@@ -9,8 +9,10 @@ from typing import NamedTuple
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 _OPERATION = re.compile(rf"= (.*?) ((?:ragged-)?(?:{'|'.join(KINDS)}))(-start)?\(")
 _ARRAY = re.compile(r"\b(pred|[a-z]+\d+(?:e\d+m\d+\w*)?)\[([\d,]*)\]")
-_CALLED = re.compile(r"\b(body|condition|calls|to_apply|called_computations)=\{?(%?[\w.\-]+)")
-_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+_CALLED = re.compile(
+    r"\b(body|condition|calls|to_apply|called_computations|branch_computations|true_computation"
+    r"|false_computation)=(\{[^}]*\}|%?[\w.\-]+)"
+)
 _TURNS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _OPENED = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
 
@@ -46,22 +48,28 @@ def sent(program: str, devices: int) -> dict[str, Sent]:
     return found
 
 
-def in_loops_of_loops(program: str) -> dict[str, list[str]]:
-    """The exchanges inside a loop that is itself inside a loop, by computation.
+def in_loops_of_loops(program: str, outer: int = 1) -> dict[str, list[str]]:
+    """The exchanges inside more loops than `outer`, one in the other, by computation.
 
-    A model's blocks are a loop; what stands in one of their loops is exchanged at every chunk.
+    A model's blocks are a loop, the parts of an accumulated batch are another one around it; what
+    stands in a loop inside these is exchanged at every chunk.
     """
-    computations, _ = _computations(program)
-    bodies = {name: _bodies(lines) for name, lines in computations.items()}
-    outer = {body for found in bodies.values() for body in found}
-    nested: set[str] = set()
-    for body in outer:
-        for inner in _reached(computations, body) - {body}:
-            if inner in outer:
-                nested |= _reached(computations, inner)
+    computations, entry = _computations(program)
+    deepest = dict.fromkeys(computations, -1)
+
+    def visit(name: str, depth: int) -> None:
+        if name not in computations or deepest[name] >= depth:
+            return
+        deepest[name] = depth
+        for line in computations[name]:
+            for how, called in _calls(line):
+                visit(called, depth + (how == "body"))
+
+    visit(entry, 0)
     kinds = {
-        name: [m[2] for line in computations[name] if (m := _OPERATION.search(line))]
-        for name in sorted(nested)
+        name: [m[2] for line in lines if (m := _OPERATION.search(line))]
+        for name, lines in computations.items()
+        if deepest[name] > outer
     }
     return {name: of for name, of in kinds.items() if of}
 
@@ -82,26 +90,11 @@ def _computations(program: str) -> tuple[dict[str, list[str]], str]:
 
 def _calls(line: str) -> list[tuple[str, str]]:
     """(how, name) of the computations that a line calls."""
-    found = [(how, name.lstrip("%")) for how, name in _CALLED.findall(line)]
-    for names in _BRANCHES.findall(line):
-        found += [("branch", name.strip().lstrip("%")) for name in names.split(",")]
-    return found
-
-
-def _bodies(lines: list[str]) -> list[str]:
-    return [name for line in lines for how, name in _calls(line) if how == "body"]
-
-
-def _reached(computations: Mapping[str, list[str]], start: str) -> set[str]:
-    """The computation itself, and all that are called from it."""
-    seen: set[str] = set()
-    waiting = [start]
-    while waiting:
-        now = waiting.pop()
-        if now in computations and now not in seen:
-            seen.add(now)
-            waiting += [name for line in computations[now] for _, name in _calls(line)]
-    return seen
+    return [
+        (how, name.strip().lstrip("%"))
+        for how, names in _CALLED.findall(line)
+        for name in names.strip("{}").split(",")
+    ]
 
 
 def _times(computations: Mapping[str, list[str]], entry: str) -> dict[str, int]:
@@ -125,15 +118,29 @@ def _times(computations: Mapping[str, list[str]], entry: str) -> dict[str, int]:
 
 def _bytes(kind: str, operation: re.Match[str], group: int) -> int:
     """What one device sends in one exchange."""
-    sizes = [_size(dtype, shape) for dtype, shape in _ARRAY.findall(operation[1])]
-    # What begins an exchange in the background holds what it is given beside what it makes.
-    made = max(sizes) if operation[3] and kind != "all-reduce" else sum(sizes)
+    made = _made(operation[1], begins=operation[3] is not None and kind != "all-reduce")
     if kind == "collective-permute":
         return made
     if kind == "reduce-scatter":
-        least = min(size for size in sizes if size) if operation[3] else made
-        return least * (group - 1)
+        return made * (group - 1)
     return (2 if kind == "all-reduce" else 1) * made * (group - 1) // group
+
+
+def _made(kind: str, begins: bool) -> int:
+    """Bytes of the arrays of a type.
+
+    begins: of what begins an exchange in the background, (given, made, ...), those that are made.
+    """
+    if begins:
+        depth, parts = 0, [""]
+        for letter in kind[1:-1]:
+            depth += (letter in "([{") - (letter in ")]}")
+            if letter == "," and not depth:
+                parts.append("")
+            else:
+                parts[-1] += letter
+        kind = parts[1]
+    return sum(_size(dtype, shape) for dtype, shape in _ARRAY.findall(kind))
 
 
 def _size(dtype: str, shape: str) -> int:

@@ -148,15 +148,16 @@ def supervised(config: HostsConfig, argv: Sequence[str]) -> int | None:
     """
     if config.coordinator is None or os.environ.get(CHILD):
         return None
-    below = subprocess.Popen(
-        [sys.executable, "-m", "nlx_experiments.run", *argv], env=os.environ | {CHILD: "1"}
-    )
+    held: list[subprocess.Popen] = []
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda got, frame: below.send_signal(got))
-    code = below.wait()
+        signal.signal(number, lambda got, frame: [one.send_signal(got) for one in held])
+    command = [sys.executable, "-m", "nlx_experiments.run", *argv]
+    # In a session of its own: what a terminal sends to all comes once, from here.
+    held.append(subprocess.Popen(command, env=os.environ | {CHILD: "1"}, start_new_session=True))
+    code = held[0].wait()
     if code == -signal.SIGABRT:
         raise Lost(
-            "another process of this training is lost, so it ended here too. What was saved is "
-            "whole: start all processes again, as many as before or not."
+            "this process was aborted, most likely because another one of the training is lost. "
+            "What was saved is whole: start all processes again, as many as before or not."
         )
     return 128 - code if code < 0 else code

@@ -46,6 +46,7 @@ GPUS = {
     "a100": ("A100", "nvidia-tesla-a100"),
 }  # as SkyPilot and as GKE call them
 PORT = 8476
+ACTIVATE = ". ~/nlx/bin/activate"
 MARGIN = 10  # minutes before the end of its time at which a run saves and leaves
 
 
@@ -180,7 +181,7 @@ def line(options: Launch, coordinator: str | None = None) -> str:
     run = command(options)
     if coordinator is not None:
         run = run.replace("--hosts.coordinator auto", coordinator)
-    return f"{options.setup} && {run}" if options.setup else run
+    return f"{options.setup} && exec {run}" if options.setup else run
 
 
 def command(options: Launch) -> str:
@@ -223,7 +224,7 @@ def _gcloud(options: Launch, machines: Machines) -> str:
     assert family is not None
     q = shlex.quote
     where = f"--zone={q(options.zone)}"
-    install = f"pip install {q(options.package)} 'jax[tpu]'"
+    install = _install(options, "jax[tpu]")
     return f"""#!/usr/bin/env bash
 # bash this-file: makes a slice, trains on it, removes it. Needs gcloud, logged in, with a project.
 set -euo pipefail
@@ -233,8 +234,18 @@ trap 'gcloud compute tpus tpu-vm delete {q(options.name)} {where} --quiet' EXIT
 gcloud compute tpus tpu-vm ssh {q(options.name)} {where} --worker=all \\
   --command={q(install)}
 gcloud compute tpus tpu-vm ssh {q(options.name)} {where} --worker=all \\
-  --command={q(line(options))}
+  --command={q(f"{ACTIVATE} && {line(options)}")}
 """
+
+
+def _install(options: Launch, extra: str) -> str:
+    """Makes an environment: the Python of a machine may be too old."""
+    uv, q = "~/.local/bin/uv", shlex.quote
+    return (
+        "curl -LsSf https://astral.sh/uv/install.sh | sh && "
+        f"{uv} venv --python 3.12 ~/nlx && "
+        f"{uv} pip install --python ~/nlx/bin/python {q(options.package)} {q(extra)}"
+    )
 
 
 def _xpk(options: Launch, machines: Machines) -> str:
@@ -318,9 +329,9 @@ num_nodes: {nodes}
 resources:
   {wanted}
 setup: |
-  pip install {shlex.quote(options.package)} {shlex.quote(extra)}
+  {_install(options, extra)}
 run: |
-  {line(options, coordinator)}
+  {ACTIVATE} && {line(options, coordinator)}
 """
 
 
@@ -342,9 +353,11 @@ def _slurm(options: Launch, machines: Machines) -> str:
     container = [] if options.image is None else [f"--container-image={shlex.quote(options.image)}"]
     run = line(options)
     run = f"bash -c {shlex.quote(run)}" if options.setup else run
-    run = " ".join(["srun", "--kill-on-bad-exit=1", *container, run])
+    run = " ".join(["srun", *container, run])
     lines += [
         "set -uo pipefail",
+        "# One process a node has all its GPUs.",
+        f"export JAX_LOCAL_DEVICE_IDS={','.join(map(str, range(gpus)))}",
         run,
         "code=$?",
         'if [ "$code" -eq 75 ]; then scontrol requeue "$SLURM_JOB_ID"; fi',

@@ -7,6 +7,7 @@ metrics.jsonl is cut back to the step. So a run that was killed at any moment en
 one that was not.
 """
 
+import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -51,7 +52,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
     """
     hosts.join(config.hosts)
     say = console.say if hosts.first() else lambda sentence: None
-    stop, told = StopRequest(config.time_limit), config.log if hosts.first() else ()
+    stop = StopRequest(config.time_limit)
     corpus, tokens = tokenization.load(
         config.tokenizer, config.model.vocabulary, config.data, config.folder
     )
@@ -59,11 +60,14 @@ def train(config: TrainConfig) -> dict[str, Any]:
         tokens.train, length=config.length, batch=config.batch, seed=config.seed
     )
     positions = evaluate.scored_positions(tokens, config.length, config.eval_bytes)
+    if config.hosts.coordinator is not None:  # before the first exchange, which is compiled
+        _cache_compilations(config.folder)
     hosts.agree("configurations", _shared(config) | {"text": corpus.sha256})
-    with Run(config.folder, writes=hosts.first()) as run:
+    begun = hosts.by_first(lambda: Run(config.folder))
+    with begun or Run(config.folder, writes=False) as run:
         hosts.by_first(lambda: _claim(run, config, corpus, tokens.tokenizer))
         functions = learner.make(config)
-        _cache_compilations(run)
+        _cache_compilations(run.folder)
         with Checkpoints(
             run.folder / "checkpoints", keep=config.keep, keep_every=config.keep_every, say=say
         ) as checkpoints:
@@ -84,7 +88,9 @@ def train(config: TrainConfig) -> dict[str, Any]:
             )
             batches = data.batches(own, position)
             ledger, done = Ledger(run.read("time")), int(state.step)
-            others = [loggers.make(name, run.folder, configs.to_json(config)) for name in told]
+            told = configs.to_json(config)
+            make = lambda: [loggers.make(name, run.folder, told) for name in config.log]
+            others = hosts.by_first(make) or []
             log = Log(
                 config,
                 run,
@@ -110,7 +116,10 @@ def train(config: TrainConfig) -> dict[str, Any]:
             )
         with ledger.spent("evaluation"):
             bits = evaluate.model_bits(
-                lambda tokens: functions.bits(state.params, tokens), tokens, positions, config.batch
+                lambda tokens: functions.bits(state.params, tokens),
+                tokens,
+                positions,
+                config.batch // config.accumulate,
             )
         if not np.all(np.isfinite(bits)):
             raise Diverged(
@@ -154,10 +163,10 @@ def _claim(run: Run, config: TrainConfig, corpus: Corpus, tokenizer: Tokenizer) 
         run.write("corpus", corpus.record() | of_tokenizer)
 
 
-def _cache_compilations(run: Run) -> None:
+def _cache_compilations(folder: pathlib.Path) -> None:
     """A resumed run starts within seconds, unless the process has a cache already."""
     if jax.config.jax_compilation_cache_dir is None:
-        jax.config.update("jax_compilation_cache_dir", str(run.folder.absolute() / "compiled"))
+        jax.config.update("jax_compilation_cache_dir", str(folder.absolute() / "compiled"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
@@ -211,6 +220,7 @@ def _advance(
     def save() -> None:
         with spent("save"):
             course.checkpoints.save(done, _trees(config, state), course.batches.get_state())
+        course.run.write("time", course.ledger.told())
 
     def flushed() -> Any:
         with spent("step"):  # here the device is waited for
@@ -232,17 +242,20 @@ def _advance(
                 saving = done % config.save_every == 0
                 if saving or done % config.log_every == 0:
                     shown.show(done, *flushed())
-                if saving:
-                    save()
                 if config.probe_every is not None and done % config.probe_every == 0:
                     with spent("evaluation"):
                         course.probe(done, state.params)
+                if saving:
+                    save()
             if course.log.waiting:
                 shown.show(done, *flushed())
     except BrokenPipeError:  # nobody reads what is printed any more
-        save()
+        if hosts.count() == 1:  # the others are in the middle of a step
+            save()
         raise
     save()
+    with spent("save"):
+        course.checkpoints.wait()  # what is said to be saved is
     return state
 
 

@@ -8,7 +8,8 @@ command    nlx run needle [--models MODEL ...] [--longest N]
 shows      the share of values that are said whole, each after the right ones before it, by kind of
            task, length and depth, of models trained on rows of at most 128 symbols (gpu: 2,048
            bytes); results/needle-map.png has a heat map, length x depth, for each model and kind
-takes      not run yet; a model that is stopped begins anew, finished ones are kept
+takes      not run to the end: Hope's two variants alone, each 13 minutes of one busy core to train
+           and ten to examine. A model that is stopped begins anew, finished ones are kept
 expects    meant, and not shown yet: Hope in the mean at least level with Titans and above DeltaNet
            and Gated DeltaNet; in brackets in the table what Behrouz et al. (2025), Table 1, have at
            4,096, 8,192 and 16,384 tokens, of far larger models

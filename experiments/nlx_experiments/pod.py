@@ -103,7 +103,9 @@ def measure(config: TrainConfig, topology: str) -> dict[str, Any]:
         "fits": held < chip.memory,
         "sent": {kind: one._asdict() for kind, one in sorted(sent.items())},
         "sent_per_token": total * len(devices) / tokens,
-        "exchanged_at_every_chunk": collectives.in_loops_of_loops(text),
+        "exchanged_at_every_chunk": collectives.in_loops_of_loops(
+            text, outer=1 + (config.accumulate > 1)
+        ),
         "flops_per_token": analytic / tokens,
         "seconds_at_least": {**times, "step": step},
         "mfu_at_most": times["products"] / step,

@@ -70,8 +70,13 @@ class Log:
         Raises:
           Diverged: too many steps in a row changed nothing.
         """
-        records = [self._record(*pair) for pair in jax.device_get(self.waiting)]
+        records, failed = [], None
+        for pair in jax.device_get(self.waiting):
+            records.append(self._record(*pair))
+            failed = failed or self._failed(pair[0])
         runs.append(self.metrics, records)
+        if failed is not None:
+            raise failed
         now = time.monotonic()
         tokens = self.timed * self.tokens_a_step / (now - (self.since or now) + 1e-9)
         self.waiting, self.since, self.timed = [], now, 0
@@ -90,14 +95,6 @@ class Log:
     def _record(self, step: int, measured: Mapping[str, Any]) -> dict[str, Any]:
         loss, skipped = float(measured["loss"]), int(measured["skipped"])
         self.skipped = self.skipped + 1 if skipped else 0
-        if self.skipped == SKIPS:
-            last = self.last()
-            kept = "no checkpoint" if last is None else f"the last checkpoint is of step {last}"
-            raise Diverged(
-                f"the gradients of the last {SKIPS} steps, up to {step}, were not finite, or were "
-                f"spikes, and changed nothing; {kept} in {self.run.folder}. A lower "
-                "`learning_rate` may help, in another folder."
-            )
         bits = loss / math.log(2) / self.bytes_a_token
         norm = float(measured["gradient_norm"])
         return {
@@ -112,6 +109,18 @@ class Log:
             "parameters": _under("parameter_norm/", measured),
             "moved": _under("moved/", measured),
         }
+
+    def _failed(self, step: int) -> Diverged | None:
+        """Why the run gives up after this step, or None."""
+        if self.skipped < SKIPS:
+            return None
+        last = self.last()
+        kept = "no checkpoint" if last is None else f"the last checkpoint is of step {last}"
+        return Diverged(
+            f"the gradients of the last {SKIPS} steps, up to {step}, were not finite, or were "
+            f"spikes, and changed nothing; {kept} in {self.run.folder}. A lower `learning_rate` "
+            "may help, in another folder."
+        )
 
 
 class Profile:

@@ -22,18 +22,23 @@ HloModule jit_step
   %w = f32[8] while(%g), condition=%c, body=%chunk, turns(5)
 }
 
+%taken (a: f32[8]) -> f32[8] {
+  %r = ((f32[100], f32[60]), (f32[800], f32[480]), u32[]) all-gather-start(%a), dimensions={0}
+}
+
 %never (a: f32[8]) -> f32[8] {
-  %g = f32[99]{0} all-gather(%a), replica_groups={{0,1}}, dimensions={0}
+  %g = f32[8]{0} add(%a, %a)
 }
 
 ENTRY %main (a: f32[8]) -> f32[8] {
   %w = (s32[], f32[8]) while(%a), condition=%c, body=%block, turns(3)
   %r = (f32[10]{0}, f32[6]{0}) all-reduce(%a, %b), replica_groups=[1,8]<=[8], to_apply=%add
-  %s = ((f32[64]), f32[8]) reduce-scatter-start(%a), replica_groups=[1,8]<=[8], to_apply=%add
+  %s = ((f32[64]), f32[8], u32[]) reduce-scatter-start(%a), replica_groups=[1,8]<=[8], to_apply=%add
   %d = f32[8] reduce-scatter-done(%s)
   %p = (f32[4], f32[4], u32[], u32[]) collective-permute-start(%a)
   %q = f32[4] collective-permute-done(%p)
   %ag = (f32[4], f32[8]) all-gather-start(%a), replica_groups={{0,1}}, dimensions={0}
+  %c = f32[8] conditional(%p, %a, %a), true_computation=%taken, false_computation=%never
 }
 """
 PROGRAM = re.sub(r"turns\((\d)\)", r'backend_config={"known_trip_count":{"n":"\1"}}', PROGRAM)
@@ -41,7 +46,7 @@ PROGRAM = re.sub(r"turns\((\d)\)", r'backend_config={"known_trip_count":{"n":"\1
 
 def test_bytes_of_every_kind():
     assert collectives.sent(PROGRAM, 8) == {
-        "all-gather": Sent(4, 3 * (8 * 16 * 4 // 2) + 8 * 4 // 2),
+        "all-gather": Sent(5, 3 * (8 * 16 * 4 // 2) + 8 * 4 // 2 + 1280 * 4 * 7 // 8),
         "all-to-all": Sent(15, 15 * (4 * 8 * 2 * 3 // 4)),
         "all-reduce": Sent(1, 2 * 16 * 4 * 7 // 8),
         "reduce-scatter": Sent(1, 8 * 4 * 7),
@@ -52,6 +57,8 @@ def test_bytes_of_every_kind():
 def test_what_a_block_exchanges_at_every_chunk_is_found():
     assert collectives.in_loops_of_loops(PROGRAM) == {"chunk": ["all-to-all"]}
     assert collectives.in_loops_of_loops(PROGRAM.replace("body=%chunk", "to_apply=%chunk")) == {}
+    assert collectives.in_loops_of_loops(PROGRAM, outer=2) == {}
+    assert set(collectives.in_loops_of_loops(PROGRAM, outer=0)) == {"block", "chunk"}
 
 
 def test_chips_by_either_name():

@@ -117,7 +117,7 @@ def test_one_is_killed_and_the_other_leaves_with_a_sentence(texts, tmp_path, ind
     codes, printed = killed(texts, tmp_path / "run", index)
     assert codes[index] == 128 + signal.SIGKILL
     assert codes[1 - index] == os.EX_UNAVAILABLE, printed
-    assert "nlx: another process of this training is lost" in printed[1 - index]
+    assert "another one of the training is lost" in printed[1 - index]
 
 
 @pytest.mark.slow
@@ -133,6 +133,22 @@ def test_it_goes_on_with_one_or_two(texts, alone, tmp_path, processes):
     rest = two(texts, run) if processes == 2 else [begin(texts, run, 8)]
     codes, printed = ended(rest)
     assert set(codes) == {0}, printed
+    np.testing.assert_allclose(losses(run), losses(alone), rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_damaged_part_of_one_process_is_passed_over_by_both(texts, alone, tmp_path):
+    run = tmp_path / "run"
+    codes, printed = ended(two(texts, run))
+    assert codes == [0, 0], printed
+    (run / "result.json").unlink()
+    of_second = (run / "checkpoints" / str(STEPS)).rglob("ocdbt.process_1/d/*")
+    biggest = max(of_second, key=lambda path: path.stat().st_size)
+    biggest.write_bytes(biggest.read_bytes()[:-20])
+    codes, printed = ended(two(texts, run))
+    assert codes == [0, 0], printed
+    assert f"checkpoint of step {STEPS} is damaged" in printed[0]
+    assert (run / "damaged" / str(STEPS)).exists()
     np.testing.assert_allclose(losses(run), losses(alone), rtol=1e-5)
 
 

@@ -8,7 +8,7 @@ import subprocess
 import time
 
 import pytest
-from nlx_experiments import console, faults, learner, run, runs
+from nlx_experiments import console, faults, hosts, learner, run, runs
 
 
 @pytest.fixture(autouse=True)
@@ -94,6 +94,17 @@ def test_ctrl_c_leaves_no_traceback(monkeypatch, capsys):
     monkeypatch.setitem(run.COMMANDS, "generate", interrupted)
     assert run.main(["generate", "x"]) == 130
     assert capsys.readouterr().err == "nlx: stopped.\n"
+
+
+def test_one_signal_that_comes_by_two_ways_is_one_request(monkeypatch):
+    monkeypatch.setenv(hosts.CHILD, "1")
+    with console.StopRequest() as stop:
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
+        assert stop.received == signal.SIGTERM
+        stop.at -= 2 * console.AT_ONCE
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGTERM)
 
 
 def test_a_second_signal_leaves_at_once(capsys):

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from nlx_experiments import (
+    checkpoints,
     config,
     console,
     data,
@@ -204,6 +205,18 @@ def test_resume_is_bitwise(chosen, unbroken, monkeypatch):
         assert (chosen.folder / "checkpoints" / str(step)).is_dir()
     assert loop.train(chosen) == unbroken[1]
     assert faults.differences(unbroken[0].folder, chosen.folder, STEPS) == []
+
+
+def test_a_last_save_that_fails_is_told(chosen, monkeypatch):
+    stop_at(monkeypatch, 3, signal.SIGTERM)
+
+    def fail(self):
+        if self._saved is not None:
+            raise Refused("the checkpoint could not be written")
+
+    monkeypatch.setattr(checkpoints.Checkpoints, "wait", fail)
+    with pytest.raises(Refused, match="could not be written"):
+        loop.train(chosen)
 
 
 def test_time_that_is_over_stops_it_and_it_goes_on(chosen, unbroken, monkeypatch):
