@@ -18,7 +18,7 @@ slow: $(VENV)/.ready
 	$(PYTEST) -m slow
 
 faults: $(VENV)/.ready
-	$(BIN)/python -m nlx_experiments.faults --kills 20
+	$(BIN)/python -m nlx_experiments.faults --kills 100 --harms all
 
 check: $(VENV)/.ready
 	$(BIN)/ruff format $(if $(CI),--check) .

@@ -1,8 +1,11 @@
 """Fixtures shared by all tests: float64 on demand, a compilation cache, keys."""
 
 import gc
+import json
 import os
 import pathlib
+import subprocess
+import sys
 
 # Tests compile more than they compute. Most of what XLA's CPU compiler does at optimization level 0
 # is to emit fusions through MLIR; its older emitters compile five times as fast (jaxlib 0.11: one
@@ -51,3 +54,30 @@ def x64():
 def key():
     """A fixed random key."""
     return jax.random.key(0)
+
+
+def on_eight_devices(path, function, *arguments):
+    """Calls a function of a test file in a process that has eight simulated devices.
+
+    The arguments are handed over as JSON; what the function raises fails the test.
+    """
+    folder, name = os.path.split(path.removesuffix(".py"))
+    program = (
+        "import importlib, json, sys; folder, name, function, arguments = sys.argv[1:];"
+        "sys.path.insert(0, folder); module = importlib.import_module(name);"
+        "getattr(module, function)(*json.loads(arguments))"
+    )
+    flags = os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=8"
+    done = subprocess.run(
+        [sys.executable, "-c", program, folder, name, function, json.dumps(arguments)],
+        env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.fixture(name="on_eight_devices", scope="session")
+def _on_eight_devices():
+    return on_eight_devices

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""kill -9 a training run, again and again, and demand the bits of a run that nothing disturbed.
+"""Kills a training run, harms it in every other way, and demands the bits of an undisturbed one.
 
-    python -m nlx_experiments.faults --kills 20
+    python -m nlx_experiments.faults --kills 100 --harms all
 
 Trains a small Hope with the deep optimizer on a small text once undisturbed, then once more while
 killing it: at steps chosen by the seed, every third time during a save (as soon as a half-written
 checkpoint is seen), every third while it is still starting. Then every array of the two last
-checkpoints, the position in the data and `metrics.jsonl` must be equal, bit by bit.
-Takes a minute to compile and about 10 s a kill on two idle cores.
+checkpoints, the position in the data and `metrics.jsonl` must be equal, bit by bit. Harms: see
+`damage`. Takes a minute to compile and about 10 s a kill or a harm on two idle cores.
 """
 
 import dataclasses
@@ -21,16 +21,18 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Literal
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import tyro
 
-from nlx_experiments import runs
+from nlx_experiments import damage, runs
 
 POLL = 0.001
+HARMED = 30  # steps of a run that is harmed
 PATIENCE = 1200.0
 
 
@@ -40,6 +42,8 @@ class Faults:
 
     kills: int = 20
     """How often to kill."""
+    harms: Literal["none", "some", "all"] = "none"
+    """Which other harm is done: none, five kinds, or all."""
     seed: int = 0
     """Chooses the moments."""
     preset: str = "hope-tiny"
@@ -49,13 +53,14 @@ class Faults:
 
     def __post_init__(self) -> None:
         """Checks the numbers."""
-        if self.kills < 1:
-            raise ValueError(f"`kills` must be at least 1, got {self.kills}.")
+        if self.kills < 0:
+            raise ValueError(f"`kills` is {self.kills}; it must be an integer >= 0.")
 
 
 def compare(folder: pathlib.Path, preset: str, kills: int, seed: int) -> list[str]:
     """Runs both; returns what differs, nothing if all is well."""
     steps = 20 + 10 * kills
+    folder.mkdir(parents=True, exist_ok=True)
     _write_texts(folder / "text")
     begun = time.monotonic()
     start = functools.partial(_start, folder, preset, steps)
@@ -68,6 +73,55 @@ def compare(folder: pathlib.Path, preset: str, kills: int, seed: int) -> list[st
         _kill(start, folder / "killed", steps, (i, kills), moment, rng)
     _finish(start("killed"))
     return differences(folder / "undisturbed", folder / "killed", steps)
+
+
+def harmed(folder: pathlib.Path, preset: str, names: Sequence[str]) -> list[str]:
+    """Harms a run that was killed half-way, in each of these ways; returns what is wrong."""
+    places = damage.Places(folder / "harmed", folder / "text", folder / "patches")
+    places.patches.mkdir(parents=True)
+    _write_texts(places.texts)
+    start = functools.partial(_start, folder, preset, HARMED)
+    _finish(start("undisturbed"))
+    shutil.copytree(folder / "undisturbed" / "compiled", folder / "half" / "compiled")
+    process = start("half")
+    while _last_step(folder / "half") < HARMED // 2 + 2:  # three checkpoints are there
+        if process.poll() is not None:
+            raise RuntimeError(f"the run ended before it was killed (code {process.returncode})")
+        time.sleep(POLL)
+    process.kill()
+    process.wait()
+    wrong = []
+    for name in names:
+        fault = damage.FAULTS[name]
+        shutil.rmtree(places.run, ignore_errors=True)
+        shutil.copytree(folder / "half", places.run)
+        undo = fault.harm(places)
+        code, printed = _printed(folder, preset, places)
+        if undo is not None:
+            undo()
+        found = damage.missing(fault, code, printed)
+        if fault.code and found is None:
+            code, printed = _printed(folder, preset, places)
+            found = printed[-300:] if code else None
+        differ = [] if found else differences(folder / "undisturbed", places.run, HARMED)
+        said = found or (f"{len(differ)} things differ: {differ[:3]}" if differ else "nothing lost")
+        print(f"{name}: {said}", flush=True)
+        wrong += [name] if found or differ else []
+    return wrong
+
+
+def _printed(folder: pathlib.Path, preset: str, places: damage.Places) -> tuple[int, str]:
+    """Gives the command to its end; exit code, and all it printed."""
+    searched = os.pathsep.join([str(places.patches), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        command(folder, preset, HARMED, places.run.name),
+        env=os.environ | {"PYTHONPATH": searched},
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=False,
+    )
+    return done.returncode, done.stdout + done.stderr
 
 
 def differences(one: pathlib.Path, other: pathlib.Path, step: int) -> list[str]:
@@ -183,12 +237,19 @@ def main(argv: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as temporary:
         folder = pathlib.Path(config.folder or temporary)
         folder.mkdir(parents=True, exist_ok=True)
-        found = compare(folder, config.preset, config.kills, config.seed)
+        found = []
+        if config.kills:
+            found = compare(folder / "kills", config.preset, config.kills, config.seed)
+        names = {"none": (), "some": damage.SOME, "all": tuple(damage.FAULTS)}[config.harms]
+        wrong = harmed(folder / "harms", config.preset, names) if names else []
     if found:
         print(f"{len(found)} things differ: {', '.join(found[:20])}")
-        return 1
-    print(f"{config.kills} kills: weights, memories, data position and metrics are bitwise equal.")
-    return 0
+    elif config.kills:
+        told = "weights, memories, data position and metrics are bitwise equal"
+        print(f"{config.kills} kills: {told}.")
+    if names:
+        print(f"{len(names)} harms, {len(wrong)} of them with loss or without a sentence.")
+    return 1 if found or wrong else 0
 
 
 if __name__ == "__main__":

@@ -2,11 +2,7 @@
 """Training on eight simulated devices: the losses of one, and checkpoints that fit any mesh."""
 
 import dataclasses
-import os
 import pathlib
-import subprocess
-import sys
-import tempfile
 
 import jax
 import numpy as np
@@ -110,22 +106,8 @@ def run_to(made, step):
 @pytest.mark.parametrize(
     "function", ["on_devices", pytest.param("goes_on_elsewhere", marks=pytest.mark.slow)]
 )
-def test_eight_devices(function):
-    program = (
-        "import importlib, sys; folder, name, function, given = sys.argv[1:];"
-        "sys.path.insert(0, folder); getattr(importlib.import_module(name), function)(given)"
-    )
-    here = pathlib.Path(__file__)
-    flags = os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=8"
-    with tempfile.TemporaryDirectory() as folder:
-        done = subprocess.run(
-            [sys.executable, "-c", program, str(here.parent), here.stem, function, folder],
-            env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-    assert done.returncode == 0, done.stdout + done.stderr
+def test_eight_devices(function, on_eight_devices, tmp_path):
+    on_eight_devices(__file__, function, str(tmp_path))
 
 
 @pytest.mark.parametrize(

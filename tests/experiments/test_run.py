@@ -8,7 +8,7 @@ import subprocess
 import time
 
 import pytest
-from nlx_experiments import console, faults, hosts, learner, run, runs
+from nlx_experiments import console, damage, faults, hosts, learner, run, runs
 
 
 @pytest.fixture(autouse=True)
@@ -151,3 +151,18 @@ def test_signals_save_and_leave(tmp_path, number, code):
 @pytest.mark.slow
 def test_kill_9_loses_nothing(tmp_path):
     assert faults.main(["--kills", "3", "--folder", str(tmp_path)]) == 0
+
+
+@pytest.mark.slow
+def test_other_harm_is_told_and_loses_nothing(tmp_path, capsys):
+    arguments = ["--kills", "0", "--harms", "some", "--folder", str(tmp_path)]
+    assert faults.main(arguments) == 0, capsys.readouterr().out
+    assert capsys.readouterr().out.count("nothing lost") == len(damage.SOME) == 5
+
+
+def test_harm_that_is_not_told_is_found():
+    fault = damage.Fault(lambda places: None, "is damaged", 2)
+    assert damage.missing(fault, 2, "nlx: it is damaged.") is None
+    assert "ended with 0, not 2" in damage.missing(fault, 0, "it is damaged")
+    assert "did not say" in damage.missing(fault, 2, "nothing")
+    assert "showed a trace" in damage.missing(fault, 2, "Traceback: it is damaged")

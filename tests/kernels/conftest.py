@@ -1,11 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Shared by the ops' tests: random tokens, gradients of everything, comparison leaf by leaf."""
 
-import json
-import os
-import subprocess
-import sys
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -129,33 +124,6 @@ def loops(jaxpr):
             if hasattr(inner, "eqns") or hasattr(inner, "jaxpr"):
                 found += loops(getattr(inner, "jaxpr", inner))
     return found
-
-
-def on_eight_devices(path, function, *arguments):
-    """Calls a function of a test file in a process that has eight simulated devices.
-
-    The arguments are handed over as JSON; what the function raises fails the test.
-    """
-    folder, name = os.path.split(path.removesuffix(".py"))
-    program = (
-        "import importlib, json, sys; folder, name, function, arguments = sys.argv[1:];"
-        "sys.path.insert(0, folder); module = importlib.import_module(name);"
-        "getattr(module, function)(*json.loads(arguments))"
-    )
-    flags = os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=8"
-    done = subprocess.run(
-        [sys.executable, "-c", program, folder, name, function, json.dumps(arguments)],
-        env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-
-
-@pytest.fixture(name="on_eight_devices", scope="session")
-def _on_eight_devices():
-    return on_eight_devices
 
 
 @pytest.fixture(name="draw")
