@@ -40,7 +40,7 @@ def test_what_a_step_takes_of_four_chips():
         )
         sizes[name] = found["bytes_per_device"]["state"]
         assert "fits" in pod.table(found).text()
-    assert sizes["fsdp"] < 0.5 * sizes["data"]
+    assert sizes["fsdp"] < 0.8 * sizes["data"]  # what is no matrix is whole everywhere
 
 
 @for_tpu
