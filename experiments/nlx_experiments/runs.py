@@ -108,7 +108,7 @@ class Run:
         """Opens `name`.jsonl to append, cut back to the lines of steps up to `upto`."""
         path = self.folder / f"{name}.jsonl"
         if not self.writes:
-            self._streams.append(open(os.devnull, "w"))  # noqa: SIM115
+            self._streams.append(open(os.devnull, "w"))  # closed with the others
             return self._streams[-1]
         kept = "".join(json.dumps(r) + "\n" for r in read_lines(path) if r["step"] <= upto)
         write_whole(path, kept)

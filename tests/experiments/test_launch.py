@@ -11,7 +11,7 @@ import subprocess
 
 import pytest
 import yaml
-from nlx_experiments import config, launch
+from nlx_experiments import config, launch, run
 from nlx_experiments.errors import Refused
 from nlx_experiments.launch import Launch
 
@@ -67,8 +67,6 @@ def test_recipes_can_be_read_by_who_runs_them(name, tmp_path):
 def test_the_command_is_one_that_nlx_takes():
     words = shlex.split(launch.command(chosen(target="slurm", accelerator="h100:8x2")))
     assert words[:3] == ["nlx", "train", "hope-1.3b"]
-    from nlx_experiments import run
-
     default = config.make("hope-1.3b")
     made = run.parse(config.TrainConfig, words[3:], "nlx train", default)
     assert (made.batch, made.mesh.fsdp, made.model.remat) == (64, 16, "dots_saveable")

@@ -5,6 +5,7 @@ import json
 
 import pytest
 from flax import nnx
+from jax.sharding import AbstractMesh
 from nlx_experiments import pods
 from nlx_experiments.errors import Refused
 from nlx_kernels import ahead_of_time
@@ -28,8 +29,6 @@ def test_a_line_fills_its_chips_and_has_its_parameters(name):
     billions = float(name.split(",")[0].rpartition("-")[2].replace("340m", "0.34").strip("b"))
     assert nn.parameter_count(model) == pytest.approx(1e9 * billions, rel=0.05)
     sizes = dict(zip(parallel.AXES, (count // made.mesh.fsdp, made.mesh.fsdp, 1, 1), strict=True))
-    from jax.sharding import AbstractMesh
-
     parallel.parameter_shardings(model, AbstractMesh(tuple(sizes.values()), tuple(sizes)))
 
 
