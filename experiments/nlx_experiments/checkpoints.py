@@ -12,7 +12,6 @@ by TensorStore and the rest as JSON: loading never unpickles. Any mesh can read 
 of processes.
 """
 
-import logging
 import os
 import pathlib
 import shutil
@@ -28,6 +27,7 @@ from jaxtyping import PyTree
 
 from nlx_experiments import checksums, hosts
 from nlx_experiments.errors import Refused
+from nlx_experiments.hushed import hush
 
 PROGRESS = "progress"
 
@@ -57,7 +57,7 @@ class Checkpoints:
         changed. say: receives one sentence for each checkpoint that is passed over. keep_every:
         those of steps that are a multiple of it stay for ever; None: none does.
         """
-        logging.getLogger("absl").setLevel(logging.ERROR)
+        hush()
         self.folder, self.say, self.reads = folder.absolute(), say, keep is None
         self.keep, self.keep_every = keep, keep_every
         self._saved: int | None = None  # a step that is not known to be whole on the disk
@@ -120,10 +120,10 @@ class Checkpoints:
 
         Raises Refused as `save` does.
         """
-        self._guarded(self.manager.latest_step(), self.manager.wait_until_finished)
-        if self._saved is None or self.keep is None:
+        step, self._saved = self._saved, None  # what fails is told once
+        self._guarded(step or self.manager.latest_step(), self.manager.wait_until_finished)
+        if step is None or self.keep is None:
             return
-        step, self._saved = self._saved, None
         self._guarded(step, lambda: hosts.by_first(lambda: self._read_back(step)))
         kept = sorted(self.manager.all_steps())
         for old in kept[: -self.keep]:

@@ -14,6 +14,8 @@ _CALLED = re.compile(
     r"|false_computation)=(\{[^}]*\}|%?[\w.\-]+)"
 )
 _TURNS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
+_CONDITION = re.compile(r"condition=%?([\w.\-]+)")
+_CONSTANT = re.compile(r"= [su]\d+\[\]\S* constant\((\d+)\)")
 _OPENED = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
 
 
@@ -29,7 +31,8 @@ def sent(program: str, devices: int) -> dict[str, Sent]:
 
     With rings, of n devices in a group: all-gather and all-to-all send (n - 1) / n of what they
     make, reduce-scatter (n - 1) times what it makes, all-reduce twice (n - 1) / n of it, a permute
-    all of it. The body of a loop counts as often as it runs, or once where that is not known.
+    all of it. The body of a loop counts as often as it runs: as the program says, or as its
+    condition does, less than one constant; once where neither is so.
 
     program: the text of a compiled program. devices: of the mesh, where no groups are named.
     """
@@ -106,14 +109,30 @@ def _times(computations: Mapping[str, list[str]], entry: str) -> dict[str, int]:
             return
         times[name] += often
         for line in computations[name]:
-            known = _TURNS.search(line)
-            turns = int(known[1]) if known else 1
+            turns = _turns(line, computations)
             for how, called in _calls(line):
                 loop = how in ("body", "condition")
                 run(called, often * turns if loop else often)
 
     run(entry, 1)
     return times
+
+
+def _turns(line: str, computations: Mapping[str, list[str]]) -> int:
+    """How often the loop of a line runs, from 0 on; 1 where that is not known, or it is none."""
+    if known := _TURNS.search(line):
+        return int(known[1])
+    condition = _CONDITION.search(line)
+    if condition is None:
+        return 1
+    lines, waiting = [], [condition[1]]
+    while waiting:
+        own = computations.get(waiting.pop(), [])
+        lines += own
+        waiting += [name for line in own for _, name in _calls(line)]
+    constants = [int(found[1]) for line in lines if (found := _CONSTANT.search(line))]
+    counts = sum("direction=LT" in line for line in lines) == 1 and len(constants) == 1
+    return constants[0] if counts else 1
 
 
 def _bytes(kind: str, operation: re.Match[str], group: int) -> int:

@@ -94,17 +94,58 @@ def _no_json(places: Places) -> Undo:
 
 
 def _clock_jumps(places: Places) -> Undo:
-    path = places.patches / "sitecustomize.py"
-    path.write_text(
-        textwrap.dedent(
-            """
-            import random, time
-            real, jumps = time.time, random.Random(0)
-            time.time = lambda: real() + jumps.choice((-1, 1)) * 86400 * jumps.randrange(400)
-            """
-        )
+    return _patched(
+        places,
+        """
+        import random, time
+        real, jumps = time.time, random.Random(0)
+        time.time = lambda: real() + jumps.choice((-1, 1)) * 86400 * jumps.randrange(400)
+        """,
     )
-    return path.unlink
+
+
+def _disk_full(places: Places) -> Undo:
+    """No file can be larger than 20,000 bytes: a save begins, and fails while it is written."""
+    return _patched(
+        places,
+        """
+        import resource
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+        """,
+    )
+
+
+def not_a_number(patches: pathlib.Path, step: int) -> None:
+    """Loss and gradients of one step, the first being 1, are no numbers."""
+    _patch(
+        patches,
+        f"""
+        import jax.numpy as jnp
+        from nlx import train
+        made = train.make_train_step
+
+        def make(loss, *rest, **options):
+            def harmed(params, batch):
+                told = {{name: value for name, value in batch.items() if name != "step"}}
+                return loss(params, told) * jnp.where(batch["step"] + 1 == {step}, jnp.nan, 1)
+
+            step = made(harmed, *rest, **options)
+            return lambda state, batch: step(state, {{**batch, "step": state.step}})
+
+        train.make_train_step = make
+        """,
+    )
+
+
+def _patched(places: Places, code: str) -> Undo:
+    return _patch(places.patches, code).unlink
+
+
+def _patch(patches: pathlib.Path, code: str) -> pathlib.Path:
+    patches.mkdir(parents=True, exist_ok=True)
+    path = patches / "sitecustomize.py"
+    path.write_text(textwrap.dedent(code))
+    return path
 
 
 def _put(path: pathlib.Path, content: bytes) -> None:
@@ -121,10 +162,13 @@ FAULTS: dict[str, Fault] = {
     "a text that changed": Fault(_text_changed, "the text is no longer what", 2),
     "half a configuration": Fault(_no_json, "config.json is damaged", 2),
     "a clock that jumps": Fault(_clock_jumps, "Going on from step"),
+    "a disk that fills up during a save": Fault(
+        _disk_full, r"could not be written .* the last good one is of step \d+", 2
+    ),
 }
 SOME = (
     "a truncated checkpoint", "a flipped bit in a checkpoint", "a half-deleted checkpoint",
-    "a text that is gone", "a text that changed",
+    "a text that is gone", "a disk that fills up during a save",
 )  # fmt: skip
 
 

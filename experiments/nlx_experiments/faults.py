@@ -6,8 +6,9 @@
 Trains a small Hope with the deep optimizer on a small text once undisturbed, then once more while
 killing it: at steps chosen by the seed, every third time during a save (as soon as a half-written
 checkpoint is seen), every third while it is still starting. Then every array of the two last
-checkpoints, the position in the data and `metrics.jsonl` must be equal, bit by bit. Harms: see
-`damage`. Takes a minute to compile and about 10 s a kill or a harm on two idle cores.
+checkpoints, the position in the data and `metrics.jsonl` must be equal, bit by bit. In both the
+gradients of one step, chosen by the seed, are no numbers: it alone must be skipped, and said to be.
+Harms: see `damage`. Takes a minute to compile and about 10 s a kill or a harm on two idle cores.
 """
 
 import dataclasses
@@ -63,16 +64,24 @@ def compare(folder: pathlib.Path, preset: str, kills: int, seed: int) -> list[st
     folder.mkdir(parents=True, exist_ok=True)
     _write_texts(folder / "text")
     begun = time.monotonic()
+    rng = random.Random(seed)
+    poor = rng.randint(2, steps)
+    damage.not_a_number(folder / "patches", poor)
     start = functools.partial(_start, folder, preset, steps)
     _finish(start("undisturbed"))
     print(f"undisturbed: {steps} steps in {time.monotonic() - begun:.0f} s", flush=True)
     shutil.copytree(folder / "undisturbed" / "compiled", folder / "killed" / "compiled")
-    rng = random.Random(seed)
     for i in range(kills):
         moment = ("save", "step", "start")[i % 3]
         _kill(start, folder / "killed", steps, (i, kills), moment, rng)
     _finish(start("killed"))
-    return differences(folder / "undisturbed", folder / "killed", steps)
+    found = differences(folder / "undisturbed", folder / "killed", steps)
+    metrics = runs.read_lines(folder / "killed" / "metrics.jsonl")
+    if [line["step"] for line in metrics if line["skipped"]] != [poor]:
+        found.append(f"the skipped steps: step {poor} alone should have been")
+    if f"Step {poor} was skipped" not in (folder / "killed.log").read_text():
+        found.append(f"the sentence about step {poor}")
+    return found
 
 
 def harmed(folder: pathlib.Path, preset: str, names: Sequence[str]) -> list[str]:
@@ -112,10 +121,9 @@ def harmed(folder: pathlib.Path, preset: str, names: Sequence[str]) -> list[str]
 
 def _printed(folder: pathlib.Path, preset: str, places: damage.Places) -> tuple[int, str]:
     """Gives the command to its end; exit code, and all it printed."""
-    searched = os.pathsep.join([str(places.patches), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
         command(folder, preset, HARMED, places.run.name),
-        env=os.environ | {"PYTHONPATH": searched},
+        env=_with(places.patches),
         capture_output=True,
         text=True,
         timeout=PATIENCE,
@@ -171,11 +179,17 @@ def command(folder: pathlib.Path, preset: str, steps: int, name: str) -> list[st
     return [sys.executable, "-m", "nlx_experiments.run", "train", preset, *flags]
 
 
+def _with(patches: pathlib.Path) -> dict[str, str]:
+    """The environment of a process that runs what lies in `patches` first."""
+    searched = os.pathsep.join([str(patches.absolute()), os.environ.get("PYTHONPATH", "")])
+    return os.environ | {"PYTHONPATH": searched}
+
+
 def _start(folder: pathlib.Path, preset: str, steps: int, name: str) -> subprocess.Popen:
     (folder / name).mkdir(exist_ok=True)
     with open(folder / f"{name}.log", "a") as log:
         arguments = command(folder, preset, steps, name)
-        return subprocess.Popen(arguments, stdout=log, stderr=log)
+        return subprocess.Popen(arguments, stdout=log, stderr=log, env=_with(folder / "patches"))
 
 
 def _finish(process: subprocess.Popen) -> None:

@@ -99,6 +99,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
                 flops_a_token=learner.flops_a_token(config),
                 last=checkpoints.last,
                 others=others,
+                say=say,
             )
             look = probe.make(config, tokens, run.stream("probe", done))
             with stop, Profile(config, run) as profile:

@@ -40,20 +40,21 @@ class Line(NamedTuple):
 
 
 def _fsdp(devices: int) -> MeshConfig:
-    return MeshConfig(data=1, fsdp=devices)
+    """So many share the parameters: 128 channels each of 2048 or 4096, a tile, so they gather."""
+    return MeshConfig(data=-1, fsdp=devices)
 
 
 # Of 7 billion parameters, in the proportions of the presets.
 SEVEN: Mapping[str, Any] = dict(width=4096, layers=32, heads=32, hidden=4480, memory_hidden=128)
 LINES: dict[str, Line] = {
-    f"{preset}, {topology}": Line(preset, topology, _fsdp(devices), devices)
+    f"{preset}, {topology}": Line(preset, topology, _fsdp(16), devices)
     for topology, devices in (("v5p:4x4x4", 64), ("v5e:16x16", 256))
     for preset in ("hope-1.3b", "titans-mac-1.3b", "transformer++-1.3b")
 }
-LINES["hope-7b, v5p:8x8x8"] = Line("hope-1.3b", "v5p:8x8x8", _fsdp(512), 512, fields=SEVEN)
+LINES["hope-7b, v5p:8x8x8"] = Line("hope-1.3b", "v5p:8x8x8", _fsdp(32), 512, fields=SEVEN)
 SCALES = {4: "v5p:2x2x1", 16: "v5p:2x2x4", 64: "v5p:4x4x4", 512: "v5p:8x8x8"}
 LINES |= {
-    f"hope-340m, {topology}": Line("hope-340m", topology, MeshConfig(data=-1, fsdp=4), 4 * devices)
+    f"hope-340m, {topology}": Line("hope-340m", topology, _fsdp(4), 4 * devices)
     for devices, topology in SCALES.items()
 }
 TINY = {

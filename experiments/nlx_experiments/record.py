@@ -38,15 +38,17 @@ class Log:
         flops_a_token: float = 0.0,
         last: Callable[[], int | None] = lambda: None,
         others: Sequence[Logger] = (),
+        say: Callable[[str], None] = lambda sentence: None,
     ):
         """Appends to the run's metrics and speed, cut back to `done` steps.
 
         bytes_a_token: the mean of the training text, by which costs of tokens are shared out.
         flops_a_token: as `nlx.inspect.flops` counts a training step. last: the step of the last
-        good checkpoint. others: who is told besides.
+        good checkpoint. others: who is told besides. say: receives a sentence for each stretch of
+        steps that changed nothing.
         """
         self.bytes_a_token, self.flops_a_token = bytes_a_token, flops_a_token
-        self.run, self.last, self.others = run, last, others
+        self.run, self.last, self.others, self.say = run, last, others, say
         self.metrics, self.speeds = run.stream("metrics", done), run.stream("speed", done)
         self.tokens_a_step = config.batch * config.length
         self.waiting: list[tuple[int, Any]] = []
@@ -75,6 +77,8 @@ class Log:
             records.append(self._record(*pair))
             failed = failed or self._failed(pair[0])
         runs.append(self.metrics, records)
+        if skipped := [r["step"] for r in records if r["skipped"]]:
+            self.say(_told(skipped, [r["step"] for r in records if r["spiked"]]))
         if failed is not None:
             raise failed
         now = time.monotonic()
@@ -148,6 +152,20 @@ class Profile:
         elif self.first is not None and step == self.first + self.steps:
             jax.block_until_ready(measured)
             self.held.close()
+
+
+def _told(skipped: list[int], spiked: list[int]) -> str:
+    """A sentence on steps of one interval that changed nothing."""
+    many = len(skipped) > 1
+    steps = (
+        f"Steps {skipped[0]} to {skipped[-1]}: {len(skipped)} were"
+        if many
+        else (f"Step {skipped[0]} was")
+    )
+    why = "not finite" if not spiked else "a spike"
+    if len(spiked) not in (0, len(skipped)):
+        why = f"not finite, or, {len(spiked)} times, a spike"
+    return f"{steps} skipped: the gradient was {why}; weights and memories stayed as they were."
 
 
 def _under(prefix: str, measured: Mapping[str, Any]) -> dict[str, float | None]:

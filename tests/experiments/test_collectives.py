@@ -54,6 +54,35 @@ def test_bytes_of_every_kind():
     }
 
 
+UNTOLD = """
+%less (a: s32[], n: s32[]) -> pred[] {
+  ROOT %t = pred[] compare(%a, %n), direction=LT
+}
+
+%before_24 (a: (s32[], f32[8])) -> pred[] {
+  %n = s32[]{:T(128)} constant(24), backend_config={}
+  ROOT %t = pred[] fusion(%i, %n), kind=kLoop, calls=%less
+}
+
+%block (a: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %g = f32[8] all-gather(%a), replica_groups={{0,1}}, dimensions={0}
+}
+
+ENTRY %main (a: f32[8]) -> f32[8] {
+  %w = (s32[], f32[8]) while(%a), condition=%before_24, body=%block
+}
+"""
+
+
+def test_turns_are_read_from_a_loops_condition():
+    assert collectives.sent(UNTOLD, 2) == {"all-gather": Sent(24, 24 * 16)}
+    for broken in (
+        UNTOLD.replace("direction=LT", "direction=GT"),
+        UNTOLD.replace("  ROOT %t = pred[] fusion", "  %m = s32[] constant(3)\n  ROOT %t = fusion"),
+    ):
+        assert collectives.sent(broken, 2) == {"all-gather": Sent(1, 16)}
+
+
 def test_what_a_block_exchanges_at_every_chunk_is_found():
     assert collectives.in_loops_of_loops(PROGRAM) == {"chunk": ["all-to-all"]}
     assert collectives.in_loops_of_loops(PROGRAM.replace("body=%chunk", "to_apply=%chunk")) == {}
