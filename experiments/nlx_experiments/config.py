@@ -42,8 +42,16 @@ class TrainConfig:
     model: nn.ModelConfig
     """The preset's fields, each of which can be replaced."""
     data: tuple[pathlib.Path, ...] = ()
-    """Files or folders of text, or token files (.npy) of a tokenizer.json; the Python standard
-    library's own source by default."""
+    """Files or folders of text, token files (.npy) of a tokenizer.json, or folders that `nlx data`
+    wrote; the Python standard library's own source by default."""
+    weights: tuple[float, ...] = ()
+    """The share of rows from each folder that `nlx data` wrote, up to a factor; by default as many
+    as it has tokens."""
+    pack: bool = False
+    """Rows of whole documents, at each of which memories begin anew, in place of windows that are
+    cut from all of them joined."""
+    workers: int = 0
+    """Processes that read ahead, where reading is slow; the batches are the same."""
     tokenizer: str = "bytes"
     """bytes; bpe, trained on the text, of model.vocabulary tokens; or a tokenizer.json."""
     run: pathlib.Path | None = None
@@ -108,6 +116,10 @@ class TrainConfig:
             _require(name, often, often is None or often >= 1, "at least 1")
         minutes = self.time_limit
         _require("time_limit", minutes, minutes is None or minutes > 0, "above 0 minutes")
+        _require("workers", self.workers, self.workers >= 0, "at least 0")
+        shares = not self.weights or len(self.weights) == len(self.data)
+        must = f"{len(self.data)} numbers above 0, one for each of `data`"
+        _require("weights", self.weights, shares and all(w > 0 for w in self.weights), must)
         _require("learning_rate", self.learning_rate, 0 < self.learning_rate < 10, "in (0, 10)")
         _require("warmup", self.warmup, 0 <= self.warmup < 1, "in [0, 1)")
         _require("weight_decay", self.weight_decay, 0 <= self.weight_decay < 10, "in [0, 10)")
@@ -179,7 +191,9 @@ def of_run(folder: pathlib.Path) -> TrainConfig:
     fields["data"] = tuple(pathlib.Path(path) for path in fields["data"])
     for name in ("mesh", "hosts", "time_limit"):  # of the machines it was on
         fields.pop(name, None)
-    fields["run"], fields["log"] = folder, tuple(fields.get("log", ()))
+    fields["run"] = folder
+    for name in ("log", "weights"):
+        fields[name] = tuple(fields.get(name, ()))
     if fields.get("init_from") is not None:
         fields["init_from"] = pathlib.Path(fields["init_from"])
     return TrainConfig(model=model, **fields)

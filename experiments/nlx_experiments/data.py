@@ -15,8 +15,10 @@ from typing import Any, NamedTuple, TypeVar
 
 import grain
 import numpy as np
+from absl import flags
 from jaxtyping import Int, Integer, UInt8
 
+from nlx_experiments import packing
 from nlx_experiments.errors import Refused
 
 VOCABULARY = 256
@@ -55,12 +57,17 @@ class Corpus(NamedTuple):
         lines = (f"{f.name} {f.sha256} {f.split}\n" for f in self.files)
         return _digest("".join(lines)).hex()
 
+    @property
+    def train_bytes(self) -> int:
+        """Bytes of the training split."""
+        return int(self.train.size)
+
     def record(self) -> dict[str, Any]:
         """What stands beside a run: list, sizes and digest."""
         return {
             "name": self.name,
             "sha256": self.sha256,
-            "train_bytes": int(self.train.size),
+            "train_bytes": self.train_bytes,
             "heldout_bytes": int(self.heldout.size),
             "files": [file._asdict() for file in self.files],
         }
@@ -84,20 +91,20 @@ def load(paths: Sequence[pathlib.Path] = (), without: pathlib.Path | None = None
     """
     if not paths:
         return _corpus("the Python standard library", _standard_library())
-    texts: dict[str, bytes] = {}
+    contents: dict[str, bytes] = {}
     for path in paths:
         if not path.exists():
             raise Refused(f"`--data` holds {path}, which does not exist; pass files or folders.")
-        found = dict(_texts(path, without))
+        found = dict(texts(path, without))
         if not found:
             raise Refused(f"`--data` holds {path}, in which there is no UTF-8 text.")
-        if twice := sorted(texts.keys() & found):
+        if twice := sorted(contents.keys() & found):
             raise Refused(
                 f"`--data` holds two files called {twice[0]}; the names of files, with the folder "
                 "they are given in, must differ."
             )
-        texts |= found
-    return _corpus(", ".join(path.name or str(path) for path in paths), texts)
+        contents |= found
+    return _corpus(", ".join(path.name or str(path) for path in paths), contents)
 
 
 def is_held_out(name: str) -> bool:
@@ -125,8 +132,9 @@ def _standard_library() -> dict[str, bytes]:
     return texts
 
 
-def _texts(path: pathlib.Path, without: pathlib.Path | None) -> Iterator[tuple[str, bytes]]:
-    files = _walk(path, set(), without) if path.is_dir() else [path]
+def texts(path: pathlib.Path, without: pathlib.Path | None) -> Iterator[tuple[str, bytes]]:
+    """Name and content of every text under a path, by their names; see `load`."""
+    files = sorted(_walk(path, set(), without)) if path.is_dir() else [path]
     for file in files:
         try:
             content = file.read_bytes()
@@ -256,31 +264,94 @@ class Rows:
 
 
 def training_data(
-    stream: Stream, *, length: int, batch: int, seed: int, rows: Sequence[int] | None = None
+    stream: Any,
+    *,
+    length: int,
+    batch: int,
+    seed: int,
+    rows: Sequence[int] | None = None,
+    weights: Sequence[float] = (),
+    pack: bool = False,
+    separator: int = SEPARATOR,
 ) -> grain.MapDataset:
-    """Batches of shuffled windows without end, a new order each epoch: batch `i` is a function
-    of the arguments and `i`.
+    """Batches of shuffled rows without end, a new order each epoch: batch `i` is a function of the
+    arguments and `i`.
 
     Args:
-      stream: the training split.
+      stream: the training split; or a list of such, which are mixed.
       length: tokens per row; a batch's `tokens` are `[batch, length + 1]`, of the stream's type.
       batch: rows.
       seed: of the orders.
       rows: of every batch, those that are read, see `Rows`; None: all.
+      weights: the share of rows of each stream of a list, up to a factor; none: by their tokens.
+      pack: rows of whole documents with `segment_ids`, see `packing`, in place of windows that are
+        cut from the stream.
+      separator: the last token of every document.
+
+    Raises Refused for a stream too short for one row.
     """
-    windows = grain.MapDataset.source(Windows(stream, length)).seed(seed).shuffle().repeat()
+    streams = stream if isinstance(stream, list) else [stream]
+    made = [
+        packing.Packed(s, _ends(s, separator), length) if pack else Windows(s, length)
+        for s in streams
+    ]
+    parts = [grain.MapDataset.source(part).seed(seed).shuffle().repeat() for part in made]
+    shares = weights or [s.size for s in streams]
+    mixed = parts[0] if len(parts) == 1 else grain.MapDataset.mix(parts, shares)
     if rows is None:
-        return windows.batch(batch, drop_remainder=True)
-    return grain.MapDataset.source(Rows(windows, batch, rows))
+        return mixed.batch(batch, drop_remainder=True)
+    return grain.MapDataset.source(Rows(mixed, batch, rows))
 
 
-def batches(dataset: grain.MapDataset, position: dict | None = None) -> grain.DatasetIterator:
-    """An iterator with `get_state`; given a saved state it goes on with the very next batch."""
-    options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=8)
-    iterator = iter(dataset.to_iter_dataset(options))
-    if position is not None:
-        iterator.set_state(position)
-    return iterator
+def _ends(stream: Any, separator: int) -> Int[np.ndarray, " d"]:
+    """Where each document of a stream ends."""
+    if not isinstance(stream, np.ndarray):
+        return stream.ends
+    ends = np.flatnonzero(stream == separator) + 1
+    return ends if ends.size and ends[-1] == stream.size else np.append(ends, stream.size)
+
+
+class Batches:
+    """The batches of a dataset from a position on; the position is how many came before."""
+
+    def __init__(self, dataset: grain.MapDataset, position: int, workers: int):
+        """workers: processes that read ahead, to the same batches; 0: a thread of this one does."""
+        self.position = position
+        options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=8)
+        ahead = dataset[position:].to_iter_dataset(options)
+        if workers:
+            flags.FLAGS.mark_as_parsed()  # of absl, which Grain asks and nlx has none of
+            several = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=4)
+            ahead = ahead.mp_prefetch(several)
+        self.iterator = iter(ahead)
+
+    def __iter__(self) -> "Batches":
+        """Returns itself."""
+        return self
+
+    def __next__(self) -> dict[str, Any]:
+        """The next batch."""
+        batch = next(self.iterator)
+        self.position += 1
+        return batch
+
+    def get_state(self) -> dict[str, int]:
+        """From where `batches` goes on with the very next one."""
+        return {"next_index": self.position}
+
+    def close(self) -> None:
+        """Ends the processes."""
+        self.iterator.close()
+
+
+def batches(
+    dataset: grain.MapDataset, position: Mapping[str, int] | None = None, workers: int = 0
+) -> Batches:
+    """An iterator with `get_state`; given a saved state it goes on with the very next batch.
+
+    workers: processes that read ahead; as many as one likes, and others later, give the same.
+    """
+    return Batches(dataset, 0 if position is None else position["next_index"], workers)
 
 
 def seen(dataset: grain.MapDataset, length: int, steps: int) -> list[tuple[int, int]]:

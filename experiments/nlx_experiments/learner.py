@@ -4,7 +4,7 @@
 import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -24,6 +24,7 @@ from nlx_experiments.console import say
 from nlx_experiments.errors import Refused, as_sentence
 
 Measured = dict[str, Float[Array, ""]]
+Batch = Mapping[str, Integer[Array, "b t+1"]]
 
 
 class Learner(NamedTuple):
@@ -31,16 +32,16 @@ class Learner(NamedTuple):
 
     init() -> state: weights drawn from the seed, or those of `init_from`, and the optimizer's
         memories of nothing.
-    step(state, start, tokens [b, t + 1]) -> (state, measured): one update; `start` are the initial
-        weights; measured are the metrics of `nlx.train.make_train_step` and "moved/<level>"; the
-        state is donated.
+    step(state, start, batch) -> (state, measured): one update; `start` are the initial weights;
+        a batch has "tokens" [b, t + 1] and, if rows are packed, "segment_ids"; measured are the
+        metrics of `nlx.train.make_train_step` and "moved/<level>"; the state is donated.
     bits(params, tokens [b, t + 1]) -> [b, t]: what each token but the first costs.
     rows: those of every batch that this process must be given; None: all, in one process.
     whole(value): a number, or a tree of them, as all devices hold it.
     """
 
     init: Callable[[], TrainState]
-    step: Callable[[TrainState, PyTree, Any], tuple[TrainState, Measured]]
+    step: Callable[[TrainState, PyTree, Batch], tuple[TrainState, Measured]]
     bits: Callable[[PyTree, Any], Float[Array, "b t"]]
     parameters: int
     rows: tuple[int, ...] | None
@@ -79,7 +80,7 @@ class Parts(NamedTuple):
     """The functions of `Learner` as they are compiled, and where their arrays live on a mesh."""
 
     init: Callable[[], TrainState]
-    step: Callable[[TrainState, PyTree, Any], tuple[TrainState, Measured]]
+    step: Callable[[TrainState, PyTree, Batch], tuple[TrainState, Measured]]
     bits: Callable[[PyTree, Any], Float[Array, "b t"]]
     loss: train.Loss
     placed: TrainState | None  # of shardings; None: one device
@@ -92,11 +93,11 @@ def make(config: TrainConfig) -> Learner:
     mesh, shapes = mesh_of(config), abstract(config)
     made = parts(config, shapes, mesh)
 
-    def place(tokens: Any) -> Any:
+    def place(numbers: Any) -> Any:
         if made.rows is None:
-            return tokens
-        tokens = np.asarray(tokens)
-        return jax.make_array_from_callback(tokens.shape, made.rows, lambda part: tokens[part])
+            return numbers
+        numbers = np.asarray(numbers)
+        return jax.make_array_from_callback(numbers.shape, made.rows, lambda part: numbers[part])
 
     begin = jax.jit(made.init, out_shardings=made.placed)
     learned = None if mesh is None else (made.placed, made.whole)
@@ -121,7 +122,7 @@ def make(config: TrainConfig) -> Learner:
 
     return Learner(
         on_mesh(first),
-        on_mesh(lambda state, start, tokens: learn(state, start, place(tokens))),
+        on_mesh(lambda state, start, batch: learn(state, start, jax.tree.map(place, batch))),
         on_mesh(lambda params, tokens: score(params, place(tokens))),
         nn.parameter_count(shapes),
         _own_rows(config, made.rows),
@@ -157,10 +158,8 @@ def parts(config: TrainConfig, shapes: nn.LanguageModel, mesh: Mesh | None) -> P
     def init() -> TrainState:
         return train.init_train_state(nnx.split(build(config))[1], rule)
 
-    def step(
-        state: TrainState, start: PyTree[Array], tokens: Integer[Array, "b t+1"]
-    ) -> tuple[TrainState, Measured]:
-        state, metrics = advance(state, {"tokens": tokens})
+    def step(state: TrainState, start: PyTree[Array], batch: Batch) -> tuple[TrainState, Measured]:
+        state, metrics = advance(state, batch)
         return state, metrics | _distances(state.params, start, labels)
 
     def bits(params: PyTree[Array], tokens: Integer[Array, "b t+1"]) -> Float[Array, "b t"]:

@@ -7,6 +7,7 @@ metrics.jsonl is cut back to the step. So a run that was killed at any moment en
 one that was not.
 """
 
+import functools
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -56,9 +57,19 @@ def train(config: TrainConfig) -> dict[str, Any]:
     corpus, tokens = tokenization.load(
         config.tokenizer, config.model.vocabulary, config.data, config.folder
     )
-    dataset = data.training_data(
-        tokens.train, length=config.length, batch=config.batch, seed=config.seed
+    if config.weights and not isinstance(tokens.train, list):
+        raise Refused("`weights` is given; `data` must then be folders that `nlx data` wrote.")
+    rows_of = functools.partial(
+        data.training_data,
+        tokens.train,
+        length=config.length,
+        batch=config.batch,
+        seed=config.seed,
+        weights=config.weights,
+        pack=config.pack,
+        separator=tokens.tokenizer.separator,
     )
+    dataset = rows_of()
     positions = evaluate.scored_positions(tokens, config.length, config.eval_bytes)
     if config.hosts.coordinator is not None:  # before the first exchange, which is compiled
         _cache_compilations(config.folder)
@@ -79,14 +90,8 @@ def train(config: TrainConfig) -> dict[str, Any]:
                 say(f"{run.folder} is finished: {_sentence(result)}")
                 return result
             hosts.by_first(lambda: runs.note_environment(run, say))
-            own = data.training_data(
-                tokens.train,
-                length=config.length,
-                batch=config.batch,
-                seed=config.seed,
-                rows=functions.rows,
-            )
-            batches = data.batches(own, position)
+            own = dataset if functions.rows is None else rows_of(rows=functions.rows)
+            batches = data.batches(own, position, config.workers)
             ledger, done = Ledger(run.read("time")), int(state.step)
             told = configs.to_json(config)
             make = lambda: [loggers.make(name, run.folder, told) for name in config.log]
@@ -95,7 +100,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
                 config,
                 run,
                 done,
-                corpus.train.size / tokens.train.size,
+                corpus.train_bytes / tokens.train_size,
                 flops_a_token=learner.flops_a_token(config),
                 last=checkpoints.last,
                 others=others,
@@ -105,6 +110,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
             with stop, Profile(config, run) as profile:
                 course = Course(run, checkpoints, batches, stop, log, ledger, look, profile)
                 state = _advance(config, functions, course, state)
+            batches.close()
             for other in others:
                 other.close()
             run.write("time", ledger.told())
@@ -149,9 +155,11 @@ def _claim(run: Run, config: TrainConfig, corpus: Corpus, tokenizer: Tokenizer) 
         raise Refused(
             f"the text is no longer what {run.folder} was trained on ({len(before['files'])} files "
             f"with {before['train_bytes']} bytes to train on, now {len(corpus.files)} with "
-            f"{corpus.train.size}); give it that text, or this run another folder."
+            f"{corpus.train_bytes}); give it that text, or this run another folder."
         )
-    run.agree("config", configs.to_json(config), new={"tokenizer": "bytes"})
+    run.agree(
+        "config", configs.to_json(config), new={"tokenizer": "bytes", "pack": False, "weights": []}
+    )
     if before is not None and before.get("tokenizer") != tokenizer.sha256:
         raise Refused(
             f"the tokenizer is no longer the one that {run.folder} was begun with "
@@ -233,10 +241,11 @@ def _advance(
         with shown:
             while done < config.steps and not _stopping(config, course.stop, done):
                 with spent("data"):
-                    tokens = next(course.batches)["tokens"]
+                    batch = next(course.batches)
+                    del batch["window"]  # its number
                 course.profile.before(done + 1, measured)
                 with spent(kind):
-                    state, measured = functions.step(state, start, tokens)
+                    state, measured = functions.step(state, start, batch)
                     done += 1
                     course.log.add(done, measured)
                 kind = "step"
@@ -276,22 +285,21 @@ def _result(
     positions: np.ndarray,
     bits: np.ndarray,
 ) -> dict[str, Any]:
-    """The score, beside n-gram models fitted on exactly the bytes that were seen."""
-    seen, known = data.seen(dataset, config.length, config.steps), tokens.tokenizer
-    if known.json is not None:  # from tokens to bytes
-        starts = known.starts(tokens.train)
-        seen = [(int(starts[a]), int(starts[b])) for a, b in seen]
+    """The score; of windows of a text, beside n-gram models of exactly the bytes that were seen."""
     scored = evaluate.byte_positions(tokens, positions)
     words = evaluate.words(corpus.heldout, scored)
-    ngrams = {str(n): evaluate.ngram_bits(corpus, n, scored, seen) for n in evaluate.ORDERS}
+    seen, ngrams = None, {}
+    if isinstance(corpus, Corpus) and not config.pack:
+        seen = _seen(config, dataset, tokens)
+        ngrams = {str(n): evaluate.ngram_bits(corpus, n, scored, seen) for n in evaluate.ORDERS}
     shown = config.steps * config.batch * config.length
     return {
         "preset": config.preset,
         "optimizer": config.optimizer,
         "parameters": functions.parameters,
         "steps": config.steps,
-        "bytes_trained_on": round(shown * corpus.train.size / tokens.train.size),
-        "distinct_bytes_seen": sum(stop - start for start, stop in seen),
+        "bytes_trained_on": round(shown * corpus.train_bytes / tokens.train_size),
+        "distinct_bytes_seen": seen and sum(stop - start for start, stop in seen),
         "bytes_scored": int(scored.size),
         "words_scored": words,
         "bits_per_byte": evaluate.bits_per_byte(bits, scored.size),
@@ -300,12 +308,20 @@ def _result(
     }
 
 
+def _seen(config: TrainConfig, dataset: Any, tokens: Tokens) -> list[tuple[int, int]]:
+    """The stretches of the training text, in bytes, that were shown."""
+    seen, known = data.seen(dataset, config.length, config.steps), tokens.tokenizer
+    if known.json is None:
+        return seen
+    starts = known.starts(tokens.train)
+    return [(int(starts[a]), int(starts[b])) for a, b in seen]
+
+
 def _sentence(result: Mapping[str, Any]) -> str:
     ngrams = ", ".join(f"order-{n} {bits:.3f}" for n, bits in result["ngram_bits_per_byte"].items())
-    return (
-        f"{result['steps']} steps, {result['bits_per_byte']:.3f} bits per held-out byte "
-        f"(Witten-Bell on the same bytes: {ngrams})."
-    )
+    beside = f" (Witten-Bell on the same bytes: {ngrams})" if ngrams else ""
+    bits = result["bits_per_byte"]
+    return f"{result['steps']} steps, {bits:.3f} bits per held-out byte{beside}."
 
 
 def _report(run: Run, config: TrainConfig, result: Mapping[str, Any]) -> None:

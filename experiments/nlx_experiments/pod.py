@@ -127,7 +127,7 @@ def compiled(config: TrainConfig, devices: Any) -> Any:
     tokens = jax.ShapeDtypeStruct((config.batch, config.length + 1), jnp.int32, sharding=made.rows)
     run = jax.jit(made.step, donate_argnums=0, out_shardings=(made.placed, made.whole))
     try:
-        return ahead_of_time.compiled(run, state, state.params, tokens, mesh=mesh)
+        return ahead_of_time.compiled(run, state, state.params, {"tokens": tokens}, mesh=mesh)
     except jax.errors.JaxRuntimeError as error:
         reason = " ".join(str(error).split())[:400]
         raise Refused(f"the compiler for TPUs refuses {config.preset}: {reason}") from error

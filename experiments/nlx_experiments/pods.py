@@ -6,7 +6,7 @@ command    nlx run pods [--only LINE ...]
 shows      what one step takes of a chip's memory, what devices send each other, the least time and
            the largest share of the peak (`pod.py`): models of 1.3 billion parameters on 64 and 256
            chips, one of 7 billion on 512, and hope-340m on 4 to 512 chips; on paper to 6,144
-takes      not run yet; one to ten minutes a line on two cores. A line that is stopped begins anew,
+takes      two to four minutes a line on two cores. A line that is stopped begins anew,
            finished ones are kept
 expects    meant, and not shown yet: every line fits its chips, and nothing is exchanged at a chunk
 

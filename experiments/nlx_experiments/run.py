@@ -2,6 +2,7 @@
 """The `nlx` command.
 
     nlx train PRESET [--data PATH ...] [--run DIR] [--steps N] [--field value]
+    nlx data OUT --source PATH ... [--tokenizer bpe --vocabulary N] [--huggingface NAME]
     nlx generate RUN --prompt TEXT
     nlx eval RUN NAME=FILE ...
     nlx inspect PRESET|OPTIMIZER|RUN [--text FILE]
@@ -54,6 +55,14 @@ def generate(argv: list[str]) -> None:
     from nlx_experiments import generate as generation
 
     generation.main(parse(generation.Generate, argv, "nlx generate"))
+
+
+def prepare(argv: list[str]) -> None:
+    """Writes text, JSON lines or a Hugging Face dataset as token shards."""
+    from nlx_experiments import prepare as preparation
+
+    out = _first(argv, "data", "OUT", default="shards")
+    preparation.main(parse(preparation.Prepare, [*argv[1:], "--out", out], f"nlx data {out}"))
 
 
 def evaluate(argv: list[str]) -> None:
@@ -179,6 +188,7 @@ def launch(argv: list[str]) -> None:
 
 COMMANDS: Mapping[str, Command] = {
     "train": train,
+    "data": prepare,
     "generate": generate,
     "eval": evaluate,
     "inspect": inspect,

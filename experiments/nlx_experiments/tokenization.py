@@ -75,8 +75,14 @@ class Tokens(NamedTuple):
     """A corpus as tokens: both splits, and the tokenizer that made them."""
 
     tokenizer: Tokenizer
-    train: Stream
+    train: Any  # one stream, or a list of them, which are mixed
     heldout: Stream
+
+    @property
+    def train_size(self) -> int:
+        """Tokens of the training split."""
+        streams = self.train if isinstance(self.train, list) else [self.train]
+        return sum(stream.size for stream in streams)
 
 
 def train(texts: Iterable[str], size: int, called: str = "model.vocabulary") -> Tokenizer:
@@ -184,20 +190,25 @@ def load(
     paths: Sequence[pathlib.Path],
     folder: pathlib.Path,
     called: str = "model.vocabulary",
-) -> tuple[Corpus, Tokens]:
+) -> tuple[Any, Tokens]:
     """The corpus of a run and its tokens.
 
     Args:
       name: "bytes"; "bpe", which is trained on the training split unless `folder` holds one of
         that size; or the path of a tokenizer's JSON.
       size: tokens of the model; those of the file at least.
-      paths: as `data.load`; or token files, .npy with one row of integers, that the file made.
+      paths: as `data.load`; or token files, .npy with one row of integers, that the file made; or
+        folders of prepared data, see `shards`.
       folder: of the run.
       called: what the size is called where it is refused.
 
     Raises:
       Refused: bad input.
     """
+    from nlx_experiments import shards  # which reads tokenizers
+
+    if shards.is_prepared(paths):
+        return shards.load(paths, name, size, called)
     files = [path for path in paths if path.suffix == ".npy"]
     if name in ("bytes", "bpe"):
         if files:

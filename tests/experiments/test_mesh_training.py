@@ -29,14 +29,14 @@ def chosen(folder, mesh, **fields):
 
 
 def on_devices(folder):
-    """Trains two steps on each mesh, saves on one, restores on all."""
+    """Trains steps of packed rows on each mesh, saves on one, restores on all."""
     jax.config.update("jax_numpy_rank_promotion", "raise")
     texts = pathlib.Path(folder, "texts")
     texts.mkdir()
     for n in range(9):
         (texts / f"{n}.txt").write_text("".join(f"{n} times {i} is {n * i}\n" for i in range(60)))
     corpus = data.load([texts])
-    batches = data.training_data(corpus.train, length=16, batch=8, seed=0)
+    batches = data.training_data(corpus.train, length=16, batch=8, seed=0, pack=True)
     losses, states, every = {}, {}, jax.devices
     for name, mesh in MESHES.items():
         if mesh is None:
@@ -46,7 +46,8 @@ def on_devices(folder):
         state = functions.init()
         start, found = functions.init().params, []
         for step in range(3):
-            state, measured = functions.step(state, start, batches[step]["tokens"])
+            batch = {name: batches[step][name] for name in ("tokens", "segment_ids")}
+            state, measured = functions.step(state, start, batch)
             found.append(float(measured["loss"]))
         bits = functions.bits(state.params, batches[9]["tokens"])
         losses[name] = [*found, float(np.mean(bits))]

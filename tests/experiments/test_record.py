@@ -169,8 +169,8 @@ def test_spikes_end_a_run_and_name_the_last_checkpoint(texts, tmp_path, monkeypa
     )  # fmt: skip
     functions = learner.make(made)
 
-    def step(state, start, tokens):
-        state, measured = functions.step(state, start, tokens)
+    def step(state, start, batch):
+        state, measured = functions.step(state, start, batch)
         if int(state.step) > 4:
             measured |= {"skipped": np.int32(1), "spiked": np.int32(1)}
         return state, measured

@@ -293,9 +293,9 @@ def test_no_finite_gradient_gives_up(chosen, monkeypatch):
     monkeypatch.setattr(record, "SKIPS", 2)
     functions = learner.make(chosen)
 
-    def step(state, start, tokens):
+    def step(state, start, batch):
         params = jax.tree.map(lambda x: x * jnp.nan, state.params)
-        return functions.step(state._replace(params=params), start, tokens)
+        return functions.step(state._replace(params=params), start, batch)
 
     monkeypatch.setattr(learner, "make", lambda config: functions._replace(step=step))
     with pytest.raises(Refused, match="gradients of the last 2 steps, up to 2, were not finite"):
