@@ -16,9 +16,12 @@ import re
 import shlex
 from typing import Literal, NamedTuple, get_args
 
+from jax.sharding import AbstractMesh
+
+from nlx import parallel
 from nlx_experiments import config as configs
 from nlx_experiments.console import say
-from nlx_experiments.errors import Refused
+from nlx_experiments.errors import Refused, as_sentence
 
 Target = Literal["gcloud", "xpk", "jobset", "skypilot", "slurm"]
 
@@ -69,6 +72,9 @@ class Launch:
     """A shell command for every machine first, such as one that mounts the storage."""
     name: str = "nlx"
     """Of the job."""
+    claim: str | None = None
+    """For jobset: the PersistentVolumeClaim that is mounted at the first folder of `run`; without
+    one, the image or the cluster must see to it."""
     image: str | None = None
     """Container with nlx in it: xpk and jobset need one, slurm may have one."""
     package: str = "nlx[experiments]"
@@ -97,6 +103,11 @@ class Launch:
             raise ValueError(
                 f"`run` is {self.run!r}; it must be a folder: mount the bucket, for example by "
                 "`setup`."
+            )
+        if self.claim is not None and (self.target != "jobset" or not self.run.startswith("/")):
+            raise ValueError(
+                f"`claim` is {self.claim!r}; it needs `target` jobset and a `run` that begins with "
+                "a /."
             )
         if self.target not in get_args(Target):
             raise ValueError(
@@ -150,8 +161,8 @@ def main(options: Launch) -> str:
 
 def recipe(options: Launch) -> str:
     """The text."""
-    _checked(options)
     machines = _machines(options)
+    _check(options, machines)
     makers = {
         "gcloud": _gcloud,
         "xpk": _xpk,
@@ -199,12 +210,28 @@ def command(options: Launch) -> str:
     return shlex.join(words)
 
 
-def _checked(options: Launch) -> None:
-    """Raises Refused unless `nlx train` takes the command."""
+def _check(options: Launch, machines: Machines) -> None:
+    """Raises Refused unless `nlx train` takes the command, and its mesh these devices."""
     from nlx_experiments.run import parse
 
     words = shlex.split(command(options))[3:]
-    parse(configs.TrainConfig, words, "nlx train", configs.make(options.preset))
+    chosen = parse(configs.TrainConfig, words, "nlx train", configs.make(options.preset))
+    sizes = dataclasses.asdict(chosen.mesh)
+    told = math.prod(size for size in sizes.values() if size > 0)
+    if machines.chips % told if -1 in sizes.values() else machines.chips != told:
+        raise Refused(
+            f"`accelerator` is {options.accelerator}, {machines.chips} devices, and the mesh is "
+            f"{', '.join(f'{name} {size}' for name, size in sizes.items())}; its product must be "
+            "as many."
+        )
+    axes = {name: machines.chips // told if size == -1 else size for name, size in sizes.items()}
+    with as_sentence():
+        parallel.check_sizes(
+            AbstractMesh(tuple(axes.values()), tuple(axes)),
+            batch=chosen.batch // chosen.accumulate,
+            length=chosen.length,
+            heads=chosen.model.heads,
+        )
 
 
 def _machines(options: Launch) -> Machines:
@@ -274,7 +301,20 @@ def _jobset(options: Launch, machines: Machines) -> str:
             f"--hosts.coordinator {options.name}-train-0-0.{options.name}:{PORT} "
             f'--hosts.count {machines.hosts} --hosts.index "$JOB_COMPLETION_INDEX"'
         )
-    return f"""# kubectl apply -f this-file: needs the JobSet controller in the cluster.
+    mount = volume = ""
+    if options.claim is not None:
+        folder = "/" + options.run.split("/")[1]
+        mount = f"""
+                  volumeMounts:
+                    - name: runs
+                      mountPath: {_yaml(folder)}"""
+        volume = f"""
+              volumes:
+                - name: runs
+                  persistentVolumeClaim:
+                    claimName: {options.claim}"""
+    return f"""# kubectl apply -f this-file: needs JobSet 0.6 or newer in the cluster.
+# What is refused (exit code 2) fails at once; anything else begins again and goes on.
 apiVersion: jobset.x-k8s.io/v1alpha2
 kind: JobSet
 metadata:
@@ -282,6 +322,9 @@ metadata:
 spec:
   failurePolicy:
     maxRestarts: 10
+    rules:
+      - action: FailJobSet
+        onJobFailureReasons: ["PodFailurePolicy"]
   replicatedJobs:
     - name: train
       replicas: 1
@@ -291,6 +334,13 @@ spec:
           completions: {machines.hosts}
           completionMode: Indexed
           backoffLimit: 0
+          podFailurePolicy:
+            rules:
+              - action: FailJob
+                onExitCodes:
+                  containerName: nlx
+                  operator: In
+                  values: [2]
           activeDeadlineSeconds: {round(options.hours * 3600)}
           template:
             spec:
@@ -304,7 +354,7 @@ spec:
                   command: ["bash", "-c", {_yaml(line(options, coordinator))}]
                   resources:
                     limits:
-                      {limits}
+                      {limits}{mount}{volume}
 """
 
 

@@ -8,6 +8,7 @@ one that was not.
 """
 
 import functools
+import hashlib
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -157,9 +158,9 @@ def _claim(run: Run, config: TrainConfig, corpus: Corpus, tokenizer: Tokenizer) 
             f"with {before['train_bytes']} bytes to train on, now {len(corpus.files)} with "
             f"{corpus.train_bytes}); give it that text, or this run another folder."
         )
-    run.agree(
-        "config", configs.to_json(config), new={"tokenizer": "bytes", "pack": False, "weights": []}
-    )
+    first = {"init_from_sha256": _digest(config.init_from)}
+    older = {"tokenizer": "bytes", "pack": False, "weights": [], **first}
+    run.agree("config", configs.to_json(config) | first, new=older)
     if before is not None and before.get("tokenizer") != tokenizer.sha256:
         raise Refused(
             f"the tokenizer is no longer the one that {run.folder} was begun with "
@@ -170,6 +171,17 @@ def _claim(run: Run, config: TrainConfig, corpus: Corpus, tokenizer: Tokenizer) 
     if before is None:
         of_tokenizer = {} if tokenizer.json is None else {"tokenizer": tokenizer.sha256}
         run.write("corpus", corpus.record() | of_tokenizer)
+
+
+def _digest(path: pathlib.Path | None) -> str | None:
+    """Of the file that a run's weights begin with."""
+    if path is None:
+        return None
+    try:
+        with open(path, "rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        raise Refused(f"`init_from` is {path}, which cannot be read: {error.strerror}.") from error
 
 
 def _cache_compilations(folder: pathlib.Path) -> None:
@@ -227,7 +239,7 @@ def _advance(
     kind, measured = "compile", None
 
     def save() -> None:
-        with spent("save"):
+        with spent("save"), course.log.paused():
             course.checkpoints.save(done, _trees(config, state), course.batches.get_state())
         course.run.write("time", course.ledger.told())
 
@@ -253,7 +265,7 @@ def _advance(
                 if saving or done % config.log_every == 0:
                     shown.show(done, *flushed())
                 if config.probe_every is not None and done % config.probe_every == 0:
-                    with spent("evaluation"):
+                    with spent("evaluation"), course.log.paused():
                         course.probe(done, state.params)
                 if saving:
                     save()

@@ -9,7 +9,7 @@ speed.jsonl     a line now and then: tokens a second, and on a known device the 
 import contextlib
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -95,6 +95,14 @@ class Log:
         updates = {k: max(r["updates"][k] for r in records) for k in records[-1]["updates"]}
         bits = [r["bits_per_byte"] for r in records if r["bits_per_byte"] is not None]
         return float(np.mean(bits)) if bits else math.nan, tokens, updates
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """What is done meanwhile is no part of the tokens a second."""
+        begun = time.monotonic()
+        yield
+        if self.since is not None:
+            self.since += time.monotonic() - begun
 
     def _record(self, step: int, measured: Mapping[str, Any]) -> dict[str, Any]:
         loss, skipped = float(measured["loss"]), int(measured["skipped"])

@@ -28,7 +28,7 @@ from nlx_experiments.errors import Refused
 FREE = ("run", "save_every", "keep", "log_every", "accumulate")
 FREE += ("mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.sequence", "keep_every", "time_limit")
 FREE += ("hosts.coordinator", "hosts.count", "hosts.index", "log", "probe_every", "profile_at")
-FREE += ("profile_steps", "workers")
+FREE += ("profile_steps", "workers", "init_from")  # of that its content counts
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 

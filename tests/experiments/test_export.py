@@ -61,6 +61,13 @@ def test_a_run_begins_with_it(chosen, file, tmp_path):
     assert config.of_run(again.folder).init_from == file
     first, *_ = runs.read_lines(again.folder / "metrics.jsonl")
     assert first["moved"]["outer"] < 0.1  # from the weights it began with
+    elsewhere = tmp_path / "elsewhere.safetensors"
+    elsewhere.write_bytes(file.read_bytes())
+    loop.train(dataclasses.replace(again, init_from=elsewhere))
+    arrays = {name: np.asarray(x) for name, x in weights.named(params).items()}
+    save_file(arrays | {"norm.scale": arrays["norm.scale"] + 1}, elsewhere)
+    with pytest.raises(Refused, match="`init_from_sha256` is .* was begun with"):
+        loop.train(dataclasses.replace(again, init_from=elsewhere))
 
 
 def test_what_does_not_fit_is_refused(chosen, file, tmp_path):

@@ -21,7 +21,9 @@ CASES = {
         target="gcloud", accelerator="v5e:16x16", setup="sudo mount 10.0.0.2:/runs /shared"
     ),
     "xpk.sh": dict(target="xpk", accelerator="v5p:4x4x4", image="registry/nlx:0.1", cluster="c"),
-    "jobset.yaml": dict(target="jobset", accelerator="v6e:4x8", image="registry/nlx:0.1"),
+    "jobset.yaml": dict(
+        target="jobset", accelerator="v6e:4x8", image="registry/nlx:0.1", claim="runs-claim"
+    ),
     "jobset-gpu.yaml": dict(target="jobset", accelerator="h100:8x4", image="registry/nlx:0.1"),
     "skypilot.yaml": dict(target="skypilot", accelerator="v4:2x2x4"),
     "skypilot-gpu.yaml": dict(target="skypilot", accelerator="h200:8x2"),
@@ -33,7 +35,7 @@ CASES = {
 def chosen(**fields):
     common = dict(preset="hope-1.3b", run="/shared/hope", name="hope", zone="us-east5-a")
     return Launch(
-        **common | {"flags": "--batch 64 --mesh.fsdp 16 --model.remat dots_saveable"} | fields
+        **common | {"flags": "--batch 256 --mesh.fsdp 4 --model.remat dots_saveable"} | fields
     )
 
 
@@ -61,6 +63,16 @@ def test_recipes_can_be_read_by_who_runs_them(name, tmp_path):
             job = made["spec"]["replicatedJobs"][0]["template"]["spec"]
             assert job["parallelism"] == job["completions"] == (8 if name == "jobset.yaml" else 4)
             (container,) = job["template"]["spec"]["containers"]
+            (rule,) = job["podFailurePolicy"]["rules"]
+            assert rule["onExitCodes"]["values"] == [2]
+            assert rule["onExitCodes"]["containerName"] == container["name"]
+            if name == "jobset.yaml":
+                (mount,), (volume,) = (
+                    container["volumeMounts"],
+                    job["template"]["spec"]["volumes"],
+                )
+                assert mount == {"name": volume["name"], "mountPath": "/shared"}
+                assert volume["persistentVolumeClaim"] == {"claimName": "runs-claim"}
             assert container["command"][2].startswith("nlx train hope-1.3b --run /shared/hope")
 
 
@@ -69,7 +81,7 @@ def test_the_command_is_one_that_nlx_takes():
     assert words[:3] == ["nlx", "train", "hope-1.3b"]
     default = config.make("hope-1.3b")
     made = run.parse(config.TrainConfig, words[3:], "nlx train", default)
-    assert (made.batch, made.mesh.fsdp, made.model.remat) == (64, 16, "dots_saveable")
+    assert (made.batch, made.mesh.fsdp, made.model.remat) == (256, 4, "dots_saveable")
     assert (made.hosts.coordinator, made.time_limit) == ("auto", 24 * 60 - 10)
 
 
@@ -100,6 +112,18 @@ def test_numbers_of_chips_and_hosts():
             dict(target="gcloud", accelerator="v5e:4x4", flags="--run x"),
             "`flags` holds --run",
         ),
+        (
+            dict(target="gcloud", accelerator="v5e:4x4", flags="--mesh.fsdp 5"),
+            "is v5e:4x4, 16 devices, and the mesh is data -1, fsdp 5, tensor 1, sequence 1; its",
+        ),
+        (
+            dict(target="gcloud", accelerator="v5e:4x4", flags="--mesh.data 2 --mesh.fsdp 4"),
+            "16 devices, and the mesh is data 2, fsdp 4",
+        ),
+        (
+            dict(target="gcloud", accelerator="v5e:4x4", flags="--batch 8"),
+            "`batch` is 8; it must be a multiple of 16",
+        ),
         (dict(target="gcloud", accelerator="v5e:4x4", flags="'"), "which no shell can read"),
         (dict(target="gcloud", accelerator="v5e:4x4", flags="--btach 3"), "[Uu]nrecognized.*btach"),
         (
@@ -118,6 +142,7 @@ def test_what_cannot_be_launched_is_refused(fields, sentence):
     [
         (dict(run="gs://bucket/run"), "`run` is 'gs://bucket/run'; it must be a folder: mount"),
         (dict(name="Hope!"), "`name` is 'Hope!'; it must be up to 40 of a-z"),
+        (dict(claim="runs"), "`claim` is 'runs'; it needs `target` jobset"),
         (dict(hours=0.1), "`hours` is 0.1; it must be more than 10 minutes"),
         (dict(target="pbs"), "`target` is 'pbs'; it must be one of gcloud, xpk"),
     ],

@@ -10,7 +10,7 @@
 set -uo pipefail
 # One process a node has all its GPUs.
 export JAX_LOCAL_DEVICE_IDS=0,1,2,3,4,5,6,7
-srun nlx train hope-1.3b --run /shared/hope --batch 64 --mesh.fsdp 16 --model.remat dots_saveable --hosts.coordinator auto --time-limit 230
+srun nlx train hope-1.3b --run /shared/hope --batch 256 --mesh.fsdp 4 --model.remat dots_saveable --hosts.coordinator auto --time-limit 230
 code=$?
 if [ "$code" -eq 75 ]; then scontrol requeue "$SLURM_JOB_ID"; fi
 exit "$code"

@@ -5,4 +5,4 @@ xpk workload create \
   --cluster=c --zone=us-east5-a \
   --workload=hope --docker-image=registry/nlx:0.1 \
   --tpu-type=v5p-128 --num-slices=1 --max-restarts=10 \
-  --command='nlx train hope-1.3b --run /shared/hope --batch 64 --mesh.fsdp 16 --model.remat dots_saveable --hosts.coordinator auto --time-limit 1430'
+  --command='nlx train hope-1.3b --run /shared/hope --batch 256 --mesh.fsdp 4 --model.remat dots_saveable --hosts.coordinator auto --time-limit 1430'
