@@ -18,6 +18,7 @@ from typing import Any
 
 import jax
 from flax import nnx
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PyTree
@@ -71,7 +72,12 @@ def make_mesh(
             f"the mesh is {told}; there are {len(devices)} devices, and it must have as many."
         )
     kinds = (AxisType.Auto,) * len(AXES)
-    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=kinds, devices=devices)
+    shape = tuple(sizes.values())
+    try:
+        return jax.make_mesh(shape, AXES, axis_types=kinds, devices=devices)
+    except NotImplementedError:  # an axis is no product of a torus' own, such as 4 of 8 x 8 x 8
+        split = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+        return Mesh(split, AXES, axis_types=kinds)
 
 
 def parameter_shardings(

@@ -2094,6 +2094,13 @@ MUTATIONS = (
         'first = {"init_from_sha256": None}',
         "experiments/test_export.py",
     ),
+    Mutation(
+        "that an exchange which goes on beside other work is sent once",
+        f"{EXPERIMENTS}/collectives.py",
+        "or name in begun:",
+        "or False:",
+        "experiments/test_collectives.py",
+    ),
 )
 
 

@@ -32,17 +32,19 @@ def sent(program: str, devices: int) -> dict[str, Sent]:
     With rings, of n devices in a group: all-gather and all-to-all send (n - 1) / n of what they
     make, reduce-scatter (n - 1) times what it makes, all-reduce twice (n - 1) / n of it, a permute
     all of it. The body of a loop counts as often as it runs: as the program says, or as its
-    condition does, less than one constant; once where neither is so.
+    condition does, less than one constant; once where neither is so. Of an exchange that TPUs go on
+    with beside other work, which stands in every piece of it, the start alone counts.
 
     program: the text of a compiled program. devices: of the mesh, where no groups are named.
     """
     found: dict[str, Sent] = {}
     computations, entry = _computations(program)
     times = _times(computations, entry)
+    begun = _goes_on(computations)
     for name, lines in computations.items():
         for line in lines:
             operation = _OPERATION.search(line)
-            if operation is None or not times.get(name):
+            if operation is None or not times.get(name) or name in begun:
                 continue
             kind = operation[2].removeprefix("ragged-")
             size = times[name] * _bytes(kind, operation, _group(line, devices))
@@ -58,7 +60,7 @@ def in_loops_of_loops(program: str, outer: int = 1) -> dict[str, list[str]]:
     stands in a loop inside these is exchanged at every chunk.
     """
     computations, entry = _computations(program)
-    deepest = dict.fromkeys(computations, -1)
+    deepest, begun = dict.fromkeys(computations, -1), _goes_on(computations)
 
     def visit(name: str, depth: int) -> None:
         if name not in computations or deepest[name] >= depth:
@@ -72,9 +74,21 @@ def in_loops_of_loops(program: str, outer: int = 1) -> dict[str, list[str]]:
     kinds = {
         name: [m[2] for line in lines if (m := _OPERATION.search(line))]
         for name, lines in computations.items()
-        if deepest[name] > outer
+        if deepest[name] > outer and name not in begun
     }
     return {name: of for name, of in kinds.items() if of}
+
+
+def _goes_on(computations: Mapping[str, list[str]]) -> set[str]:
+    """The fusions in which an exchange that was begun before goes on, or ends."""
+    ends = {
+        called
+        for lines in computations.values()
+        for line in lines
+        if line.strip().startswith("%async-collective-done")
+        for _, called in _calls(line)
+    }
+    return ends | {name for name in computations if name.startswith("async_collective_fusion")}
 
 
 def _computations(program: str) -> tuple[dict[str, list[str]], str]:

@@ -83,6 +83,43 @@ def test_turns_are_read_from_a_loops_condition():
         assert collectives.sent(broken, 2) == {"all-gather": Sent(1, 16)}
 
 
+PIECES = """
+%begun (a: f32[4]) -> f32[8] {
+  %g = f32[8] all-gather(%a), channel_id=7, replica_groups={{0,1}}, dimensions={0}
+}
+
+%async_collective_fusion.3 (a: f32[4]) -> f32[8] {
+  %g = f32[8] all-gather(%a), channel_id=7, replica_groups={{0,1}}, dimensions={0}
+}
+
+%ended (a: f32[4]) -> f32[8] {
+  %g = f32[8] all-gather(%a), channel_id=7, replica_groups={{0,1}}, dimensions={0}
+}
+
+%chunk (a: f32[8]) -> f32[8] {
+  %f = (f32[4], f32[8]) fusion(%a), kind=kCustom, calls=%async_collective_fusion.3
+}
+
+%block (a: f32[8]) -> f32[8] {
+  %async-collective-start.1 = (f32[4], f32[8]) fusion(%a), kind=kCustom, calls=%begun
+  %w = f32[8] while(%a), condition=%c, body=%chunk, turns(5)
+  %async-collective-done.1 = f32[8] fusion(%w), kind=kCustom, calls=%ended
+}
+
+ENTRY %main (a: f32[8]) -> f32[8] {
+  %w = (s32[], f32[8]) while(%a), condition=%c, body=%block, turns(3)
+}
+"""
+PIECES = re.sub(r"turns\((\d)\)", r'backend_config={"known_trip_count":{"n":"\1"}}', PIECES)
+
+
+def test_what_goes_on_beside_other_work_is_sent_once():
+    assert collectives.sent(PIECES, 2) == {"all-gather": Sent(3, 3 * 16)}
+    assert collectives.in_loops_of_loops(PIECES) == {}
+    within = PIECES.replace("calls=%async_collective_fusion.3", "calls=%begun")
+    assert collectives.in_loops_of_loops(within) == {"begun": ["all-gather"]}
+
+
 def test_what_a_block_exchanges_at_every_chunk_is_found():
     assert collectives.in_loops_of_loops(PROGRAM) == {"chunk": ["all-to-all"]}
     assert collectives.in_loops_of_loops(PROGRAM.replace("body=%chunk", "to_apply=%chunk")) == {}
