@@ -2020,8 +2020,8 @@ MUTATIONS = (
     Mutation(
         "that copies are held out together",
         f"{EXPERIMENTS}/prepare.py",
-        "if data.is_held_out(text)",
-        "if data.is_held_out(str(number))",
+        "if data.is_held_out(text, options.held_out_share):",
+        "if data.is_held_out(str(number), options.held_out_share):",
         "experiments/test_prepare.py",
     ),
     Mutation(
@@ -2048,7 +2048,7 @@ MUTATIONS = (
     Mutation(
         "the shares of a mixture",
         f"{EXPERIMENTS}/data.py",
-        "grain.MapDataset.mix(parts, shares)",
+        "grain.MapDataset.mix(parts, whole)",
         "grain.MapDataset.mix(parts)",
         "experiments/test_prepare.py",
     ),

@@ -3,6 +3,7 @@
 
 import dataclasses
 import difflib
+import math
 import pathlib
 from typing import Any, Literal, TypeVar, get_args
 
@@ -118,8 +119,9 @@ class TrainConfig:
         _require("time_limit", minutes, minutes is None or minutes > 0, "above 0 minutes")
         _require("workers", self.workers, self.workers >= 0, "at least 0")
         shares = not self.weights or len(self.weights) == len(self.data)
-        must = f"{len(self.data)} numbers above 0, one for each of `data`"
-        _require("weights", self.weights, shares and all(w > 0 for w in self.weights), must)
+        must = "numbers above 0, one for each of `data`"
+        positive = all(0 < w < math.inf for w in self.weights)
+        _require("weights", self.weights, shares and positive, must)
         _require("learning_rate", self.learning_rate, 0 < self.learning_rate < 10, "in (0, 10)")
         _require("warmup", self.warmup, 0 <= self.warmup < 1, "in [0, 1)")
         _require("weight_decay", self.weight_decay, 0 <= self.weight_decay < 10, "in [0, 10)")

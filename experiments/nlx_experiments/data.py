@@ -9,6 +9,7 @@ byte, which no text holds, so a model also learns where files begin and end.
 import hashlib
 import os
 import pathlib
+import signal
 import sysconfig
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from typing import Any, NamedTuple, TypeVar
@@ -16,7 +17,7 @@ from typing import Any, NamedTuple, TypeVar
 import grain
 import numpy as np
 from absl import flags
-from jaxtyping import Int, Integer, UInt8
+from jaxtyping import Float, Int, Integer, UInt8
 
 from nlx_experiments import packing
 from nlx_experiments.errors import Refused
@@ -24,6 +25,7 @@ from nlx_experiments.errors import Refused
 VOCABULARY = 256
 SEPARATOR = 0
 HELD_OUT_SHARE = 0.05
+PREPARED = "nlx-data.json"  # stands in a folder that `nlx data` wrote
 # Of the standard library: no tests, nothing installed, and neither of its two folders of generated
 # text (code pages, rendered help), which are a fifth of its bytes and no source.
 SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
@@ -95,7 +97,9 @@ def load(paths: Sequence[pathlib.Path] = (), without: pathlib.Path | None = None
     for path in paths:
         if not path.exists():
             raise Refused(f"`--data` holds {path}, which does not exist; pass files or folders.")
-        found = dict(texts(path, without))
+        if (path / PREPARED).exists():
+            raise Refused(f"`--data` holds {path}, prepared data, which only `nlx train` reads.")
+        found = dict(_texts(path, without))
         if not found:
             raise Refused(f"`--data` holds {path}, in which there is no UTF-8 text.")
         if twice := sorted(contents.keys() & found):
@@ -107,9 +111,9 @@ def load(paths: Sequence[pathlib.Path] = (), without: pathlib.Path | None = None
     return _corpus(", ".join(path.name or str(path) for path in paths), contents)
 
 
-def is_held_out(name: str) -> bool:
+def is_held_out(name: str, share: float = HELD_OUT_SHARE) -> bool:
     """Whether the file of this relative name is held out: a hash of the name decides, for ever."""
-    return int.from_bytes(_digest(name)[:8], "big") < HELD_OUT_SHARE * 2**64
+    return int.from_bytes(_digest(name)[:8], "big") < share * 2**64
 
 
 def _digest(name: str) -> bytes:
@@ -119,10 +123,10 @@ def _digest(name: str) -> bytes:
 def _standard_library() -> dict[str, bytes]:
     root = pathlib.Path(sysconfig.get_path("stdlib"))
     texts = {}
-    for path in _walk(root):
+    for path in walk(root):
         if path.suffix == ".py" and not path.name.startswith("_sysconfigdata"):
             content = path.read_bytes()
-            if content and _is_text(content):
+            if content and is_text(content):
                 texts[path.relative_to(root).as_posix()] = content
     if not texts:
         raise Refused(
@@ -132,9 +136,8 @@ def _standard_library() -> dict[str, bytes]:
     return texts
 
 
-def texts(path: pathlib.Path, without: pathlib.Path | None) -> Iterator[tuple[str, bytes]]:
-    """Name and content of every text under a path, by their names; see `load`."""
-    files = sorted(_walk(path, set(), without)) if path.is_dir() else [path]
+def _texts(path: pathlib.Path, without: pathlib.Path | None) -> Iterator[tuple[str, bytes]]:
+    files = sorted(walk(path, set(), without)) if path.is_dir() else [path]
     for file in files:
         try:
             content = file.read_bytes()
@@ -142,18 +145,21 @@ def texts(path: pathlib.Path, without: pathlib.Path | None) -> Iterator[tuple[st
             raise Refused(
                 f"`--data` holds {file}, which cannot be read: {error.strerror}."
             ) from error
-        if content and _is_text(content):
+        if content and is_text(content):
             yield file.relative_to(path.parent).as_posix(), content
 
 
-def _walk(
+def walk(
     root: pathlib.Path,
     skipped: set[str] = SKIPPED_FOLDERS,
     without: pathlib.Path | None = None,
 ) -> Iterator[pathlib.Path]:
+    """The files under a folder: none that are hidden, or of runs, experiments, prepared data."""
+
     def wanted(path: pathlib.Path) -> bool:
         there = lambda *names: all((path / name).exists() for name in names)
         of_run = there("config.json", "corpus.json") or there(".lock", "environment.json")
+        of_run |= there(PREPARED)
         of_this = without is not None and path.resolve() == without.resolve()
         return not (of_run or of_this or path.name in skipped or path.name.startswith("."))
 
@@ -165,7 +171,8 @@ def _walk(
                 yield path
 
 
-def _is_text(content: bytes) -> bool:
+def is_text(content: bytes) -> bool:
+    """Whether it is UTF-8 without zero bytes."""
     try:
         content.decode()
     except UnicodeDecodeError:
@@ -229,7 +236,7 @@ class Windows:
                 f"`length` is {length}, but the text holds only {stream.size} {unit}; "
                 f"it must hold at least {length + 1}."
             )
-        self.stream, self.length = stream, length
+        self.stream, self.length, self.targets = stream, length, float(length)
 
     def __len__(self) -> int:
         """Number of windows."""
@@ -274,16 +281,19 @@ def training_data(
     pack: bool = False,
     separator: int = SEPARATOR,
 ) -> grain.MapDataset:
-    """Batches of shuffled rows without end, a new order each epoch: batch `i` is a function of the
-    arguments and `i`.
+    """`mixed` rows of `sources`."""
+    made = sources(stream, length=length, pack=pack, separator=separator)
+    return mixed(made, batch=batch, seed=seed, rows=rows, weights=weights)
+
+
+def sources(
+    stream: Any, *, length: int, pack: bool = False, separator: int = SEPARATOR
+) -> list[Windows | packing.Packed]:
+    """The rows of a training split; or of each of a list of them.
 
     Args:
-      stream: the training split; or a list of such, which are mixed.
-      length: tokens per row; a batch's `tokens` are `[batch, length + 1]`, of the stream's type.
-      batch: rows.
-      seed: of the orders.
-      rows: of every batch, those that are read, see `Rows`; None: all.
-      weights: the share of rows of each stream of a list, up to a factor; none: by their tokens.
+      stream: the training split, or a list of such.
+      length: tokens per row; one more are given, of the stream's type.
       pack: rows of whole documents with `segment_ids`, see `packing`, in place of windows that are
         cut from the stream.
       separator: the last token of every document.
@@ -291,16 +301,43 @@ def training_data(
     Raises Refused for a stream too short for one row.
     """
     streams = stream if isinstance(stream, list) else [stream]
-    made = [
-        packing.Packed(s, _ends(s, separator), length) if pack else Windows(s, length)
-        for s in streams
-    ]
+    if pack:
+        return [packing.Packed(s, _ends(s, separator), length) for s in streams]
+    return [Windows(s, length) for s in streams]
+
+
+def mixed(
+    made: Sequence[Windows | packing.Packed],
+    *,
+    batch: int,
+    seed: int,
+    rows: Sequence[int] | None = None,
+    weights: Sequence[float] = (),
+) -> grain.MapDataset:
+    """Batches of shuffled rows without end, a new order each epoch: batch `i` is a function of the
+    arguments and `i`.
+
+    Args:
+      made: the sources of rows.
+      batch: rows.
+      seed: of the orders.
+      rows: of every batch, those that are read, see `Rows`; None: all.
+      weights: the share of rows from each source; none: as it has rows.
+    """
     parts = [grain.MapDataset.source(part).seed(seed).shuffle().repeat() for part in made]
-    shares = weights or [s.size for s in streams]
-    mixed = parts[0] if len(parts) == 1 else grain.MapDataset.mix(parts, shares)
+    whole = [max(1, round(10_000 * share)) for share in shares(made, weights)]
+    mix = parts[0] if len(parts) == 1 else grain.MapDataset.mix(parts, whole)
     if rows is None:
-        return mixed.batch(batch, drop_remainder=True)
-    return grain.MapDataset.source(Rows(mixed, batch, rows))
+        return mix.batch(batch, drop_remainder=True)
+    return grain.MapDataset.source(Rows(mix, batch, rows))
+
+
+def shares(
+    made: Sequence[Windows | packing.Packed], weights: Sequence[float] = ()
+) -> Float[np.ndarray, " s"]:
+    """Of the rows, which come from each source."""
+    given = np.asarray(weights or [len(source) for source in made], float)
+    return given / given.sum()
 
 
 def _ends(stream: Any, separator: int) -> Int[np.ndarray, " d"]:
@@ -309,6 +346,13 @@ def _ends(stream: Any, separator: int) -> Int[np.ndarray, " d"]:
         return stream.ends
     ends = np.flatnonzero(stream == separator) + 1
     return ends if ends.size and ends[-1] == stream.size else np.append(ends, stream.size)
+
+
+def _leave_signals(index: int, count: int) -> None:
+    """A reader goes on when Ctrl-C or a scheduler signals all: it ends when the run has saved."""
+    del index, count
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 class Batches:
@@ -322,7 +366,7 @@ class Batches:
         if workers:
             flags.FLAGS.mark_as_parsed()  # of absl, which Grain asks and nlx has none of
             several = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=4)
-            ahead = ahead.mp_prefetch(several)
+            ahead = ahead.mp_prefetch(several, worker_init_fn=_leave_signals)
         self.iterator = iter(ahead)
 
     def __iter__(self) -> "Batches":

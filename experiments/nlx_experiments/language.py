@@ -194,6 +194,8 @@ def planned(options: Language, folder: runs.Run) -> Plan:
     vocabulary = (options.vocabulary or size.vocabulary) if name == "bpe" else None
     path, limit = folder.folder / tokenization.FILE, vocabulary or sys.maxsize
     corpus, tokens = tokenization.load(name, limit, options.data, folder.folder, "vocabulary")
+    if isinstance(tokens.train, list):
+        raise Refused("`data` holds prepared data, which only `nlx train` reads; pass texts.")
     made, per_token = tokens.tokenizer, corpus.train_bytes / tokens.train_size
     of_tokens = {"tokenizer": name, "vocabulary": vocabulary, "pieces": made.sha256}
     folder.agree("text", {"text": corpus.sha256, **of_tokens})

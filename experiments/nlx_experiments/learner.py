@@ -35,14 +35,15 @@ class Learner(NamedTuple):
     step(state, start, batch) -> (state, measured): one update; `start` are the initial weights;
         a batch has "tokens" [b, t + 1] and, if rows are packed, "segment_ids"; measured are the
         metrics of `nlx.train.make_train_step` and "moved/<level>"; the state is donated.
-    bits(params, tokens [b, t + 1]) -> [b, t]: what each token but the first costs.
+    bits(params, tokens [b, t + 1], segment_ids) -> [b, t]: what each token but the first costs;
+        segment_ids as a batch has them, or None.
     rows: those of every batch that this process must be given; None: all, in one process.
     whole(value): a number, or a tree of them, as all devices hold it.
     """
 
     init: Callable[[], TrainState]
     step: Callable[[TrainState, PyTree, Batch], tuple[TrainState, Measured]]
-    bits: Callable[[PyTree, Any], Float[Array, "b t"]]
+    bits: Callable[..., Float[Array, "b t"]]
     parameters: int
     rows: tuple[int, ...] | None
     whole: Callable[[Any], Any]
@@ -81,7 +82,7 @@ class Parts(NamedTuple):
 
     init: Callable[[], TrainState]
     step: Callable[[TrainState, PyTree, Batch], tuple[TrainState, Measured]]
-    bits: Callable[[PyTree, Any], Float[Array, "b t"]]
+    bits: Callable[..., Float[Array, "b t"]]
     loss: train.Loss
     placed: TrainState | None  # of shardings; None: one device
     rows: NamedSharding | None  # of tokens
@@ -123,7 +124,7 @@ def make(config: TrainConfig) -> Learner:
     return Learner(
         on_mesh(first),
         on_mesh(lambda state, start, batch: learn(state, start, jax.tree.map(place, batch))),
-        on_mesh(lambda params, tokens: score(params, place(tokens))),
+        on_mesh(lambda params, *rows: score(params, *jax.tree.map(place, rows))),
         nn.parameter_count(shapes),
         _own_rows(config, made.rows),
         lambda value: value if mesh is None else jax.device_put(value, made.whole),
@@ -162,8 +163,13 @@ def parts(config: TrainConfig, shapes: nn.LanguageModel, mesh: Mesh | None) -> P
         state, metrics = advance(state, batch)
         return state, metrics | _distances(state.params, start, labels)
 
-    def bits(params: PyTree[Array], tokens: Integer[Array, "b t+1"]) -> Float[Array, "b t"]:
-        logits, _ = nnx.merge(graph, params)(tokens[:, :-1])
+    def bits(
+        params: PyTree[Array],
+        tokens: Integer[Array, "b t+1"],
+        segment_ids: Integer[Array, "b t+1"] | None = None,
+    ) -> Float[Array, "b t"]:
+        read = None if segment_ids is None else segment_ids[:, :-1]
+        logits, _ = nnx.merge(graph, params)(tokens[:, :-1], segment_ids=read)
         wanted = tokens[:, 1:, None].astype(jnp.int32)
         chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), wanted, -1)
         return -chosen[..., 0] / math.log(2)

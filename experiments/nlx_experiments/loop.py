@@ -7,6 +7,7 @@ metrics.jsonl is cut back to the step. So a run that was killed at any moment en
 one that was not.
 """
 
+import contextlib
 import functools
 import hashlib
 import pathlib
@@ -29,6 +30,7 @@ from nlx_experiments import (
     probe,
     report,
     runs,
+    shards,
     tokenization,
 )
 from nlx_experiments.checkpoints import Checkpoints
@@ -60,17 +62,14 @@ def train(config: TrainConfig) -> dict[str, Any]:
     )
     if config.weights and not isinstance(tokens.train, list):
         raise Refused("`weights` is given; `data` must then be folders that `nlx data` wrote.")
-    rows_of = functools.partial(
-        data.training_data,
-        tokens.train,
-        length=config.length,
-        batch=config.batch,
-        seed=config.seed,
-        weights=config.weights,
-        pack=config.pack,
-        separator=tokens.tokenizer.separator,
+    made = data.sources(
+        tokens.train, length=config.length, pack=config.pack, separator=tokens.tokenizer.separator
     )
-    dataset = rows_of()
+    mixed = functools.partial(
+        data.mixed, made, batch=config.batch, seed=config.seed, weights=config.weights
+    )
+    dataset = mixed()
+    sizes = _bytes(config, corpus, tokens, made)
     positions = evaluate.scored_positions(tokens, config.length, config.eval_bytes)
     if config.hosts.coordinator is not None:  # before the first exchange, which is compiled
         _cache_compilations(config.folder)
@@ -91,7 +90,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
                 say(f"{run.folder} is finished: {_sentence(result)}")
                 return result
             hosts.by_first(lambda: runs.note_environment(run, say))
-            own = dataset if functions.rows is None else rows_of(rows=functions.rows)
+            own = dataset if functions.rows is None else mixed(rows=functions.rows)
             batches = data.batches(own, position, config.workers)
             ledger, done = Ledger(run.read("time")), int(state.step)
             told = configs.to_json(config)
@@ -101,17 +100,16 @@ def train(config: TrainConfig) -> dict[str, Any]:
                 config,
                 run,
                 done,
-                corpus.train_bytes / tokens.train_size,
+                *sizes,
                 flops_a_token=learner.flops_a_token(config),
                 last=checkpoints.last,
                 others=others,
                 say=say,
             )
             look = probe.make(config, tokens, run.stream("probe", done))
-            with stop, Profile(config, run) as profile:
+            with stop, contextlib.closing(batches), Profile(config, run) as profile:
                 course = Course(run, checkpoints, batches, stop, log, ledger, look, profile)
                 state = _advance(config, functions, course, state)
-            batches.close()
             for other in others:
                 other.close()
             run.write("time", ledger.told())
@@ -124,7 +122,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
             )
         with ledger.spent("evaluation"):
             bits = evaluate.model_bits(
-                lambda tokens: functions.bits(state.params, tokens),
+                lambda rows: functions.bits(state.params, rows, _segments(config, tokens, rows)),
                 tokens,
                 positions,
                 config.batch // config.accumulate,
@@ -134,7 +132,8 @@ def train(config: TrainConfig) -> dict[str, Any]:
                 f"the model of step {state.step} in {run.folder} scores held-out bytes with what "
                 "is no number. A lower `learning_rate` may help, in another folder."
             )
-        result = _result(config, functions, corpus, tokens, dataset, positions, bits)
+        result = _result(config, functions, corpus, tokens, dataset, positions, bits, sizes[1])
+
         if hosts.first():
             _report(run, config, result)
         run.write("result", result)
@@ -182,6 +181,26 @@ def _digest(path: pathlib.Path | None) -> str | None:
             return hashlib.file_digest(stream, "sha256").hexdigest()
     except OSError as error:
         raise Refused(f"`init_from` is {path}, which cannot be read: {error.strerror}.") from error
+
+
+def _bytes(
+    config: TrainConfig, corpus: Any, tokens: Tokens, made: list[Any]
+) -> tuple[float, float]:
+    """The bytes of a target and of a step, in the mean; of several folders as they are mixed."""
+    if isinstance(corpus, shards.Prepared):
+        each = [part["train"]["bytes"] / part["train"]["tokens"] for part in corpus.folders]
+    else:
+        each = [corpus.train_bytes / tokens.train_size]
+    targets = data.shares(made, config.weights) * [source.targets for source in made]
+    of_row = float(targets @ each)
+    return of_row / float(targets.sum()), config.batch * of_row
+
+
+def _segments(config: TrainConfig, tokens: Tokens, rows: np.ndarray) -> np.ndarray | None:
+    """Of held-out rows, where those trained on are packed: memories begin at separators, too."""
+    if not config.pack:
+        return None
+    return np.cumsum(rows == tokens.tokenizer.separator, axis=1, dtype=np.int32)
 
 
 def _cache_compilations(folder: pathlib.Path) -> None:
@@ -296,6 +315,7 @@ def _result(
     dataset: Any,
     positions: np.ndarray,
     bits: np.ndarray,
+    bytes_a_step: float,
 ) -> dict[str, Any]:
     """The score; of windows of a text, beside n-gram models of exactly the bytes that were seen."""
     scored = evaluate.byte_positions(tokens, positions)
@@ -304,13 +324,12 @@ def _result(
     if isinstance(corpus, Corpus) and not config.pack:
         seen = _seen(config, dataset, tokens)
         ngrams = {str(n): evaluate.ngram_bits(corpus, n, scored, seen) for n in evaluate.ORDERS}
-    shown = config.steps * config.batch * config.length
     return {
         "preset": config.preset,
         "optimizer": config.optimizer,
         "parameters": functions.parameters,
         "steps": config.steps,
-        "bytes_trained_on": round(shown * corpus.train_bytes / tokens.train_size),
+        "bytes_trained_on": round(config.steps * bytes_a_step),
         "distinct_bytes_seen": seen and sum(stop - start for start, stop in seen),
         "bytes_scored": int(scored.size),
         "words_scored": words,

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rows of whole documents: none is cut that fits into one, and little room is left over.
 
-A document longer than a row is cut into rows that share one token, so each token but its first is a
-target once; what is left of it, and every shorter document, goes into the row with the least room
-that still holds it, longest first. `segment_ids` tell documents apart, so that memories begin anew
-at each; the room left at the end of a row is segments of one token, which have no target.
+A document is read from the separator before it on, so its first token is a target too; every token
+of the stream but the first is a target once, as in windows. One longer than a row is cut into
+pieces that share one token; what is left of it, and every shorter document, goes into the row with
+the least room that still holds it, longest first. `segment_ids` tell documents apart, so that
+memories begin anew at each; the room left at the end of a row is segments of one token, which have
+no target. The plan of all rows is held in memory, about 100 bytes a document.
 
 Reference: Ding et al. (2024), Fewer truncations improve language modeling, section 3 (best-fit
 packing).
@@ -14,6 +16,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Int
+
+from nlx_experiments.errors import Refused
 
 
 class Plan(NamedTuple):
@@ -28,11 +32,10 @@ def plan(ends: Int[np.ndarray, " d"], room: int) -> Plan:
     """Which pieces lie in which row.
 
     Args:
-      ends: where each document of the stream ends, increasing; documents of one token, which
-        have no target, are left out.
+      ends: where each document of the stream ends, increasing; its last token is a separator.
       room: tokens of a row, >= 2.
     """
-    begins = np.concatenate([[0], ends[:-1]])
+    begins = np.maximum(np.concatenate([[0], ends[:-1]]) - 1, 0)
     lengths = ends - begins
     begins, lengths = begins[lengths > 1], lengths[lengths > 1]
     many = -(-(lengths - 1) // (room - 1))
@@ -71,13 +74,26 @@ class Packed:
     """Random access to rows of whole documents: tokens and `segment_ids`, one more than is read."""
 
     def __init__(self, stream: Any, ends: Int[np.ndarray, " d"], length: int):
-        """stream: of tokens. ends: of its documents. length: tokens that are read of a row."""
+        """stream: of tokens. ends: of its documents. length: tokens that are read of a row.
+
+        Raises Refused for a stream that is shorter than a row.
+        """
+        if stream.size < length + 1:
+            raise Refused(
+                f"`length` is {length}, but the text holds only {stream.size} tokens; it must hold "
+                f"at least {length + 1}."
+            )
         self.stream, self.room = stream, length + 1
         self.plan = plan(ends, self.room)
 
     def __len__(self) -> int:
         """Number of rows."""
         return len(self.plan.first) - 1
+
+    @property
+    def targets(self) -> float:
+        """Of a row, in the mean."""
+        return float((self.plan.lengths - 1).sum()) / len(self)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Row `index` with its number."""

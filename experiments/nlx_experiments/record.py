@@ -34,6 +34,7 @@ class Log:
         run: Run,
         done: int,
         bytes_a_token: float,
+        bytes_a_step: float,
         *,
         flops_a_token: float = 0.0,
         last: Callable[[], int | None] = lambda: None,
@@ -42,12 +43,14 @@ class Log:
     ):
         """Appends to the run's metrics and speed, cut back to `done` steps.
 
-        bytes_a_token: the mean of the training text, by which costs of tokens are shared out.
+        bytes_a_token: the mean of the training text, by which costs of tokens are shared out;
+        bytes_a_step: that the targets of a step stand for.
         flops_a_token: as `nlx.inspect.flops` counts a training step. last: the step of the last
         good checkpoint. others: who is told besides. say: receives a sentence for each stretch of
         steps that changed nothing.
         """
-        self.bytes_a_token, self.flops_a_token = bytes_a_token, flops_a_token
+        self.bytes_a_token, self.bytes_a_step = bytes_a_token, bytes_a_step
+        self.flops_a_token = flops_a_token
         self.run, self.last, self.others, self.say = run, last, others, say
         self.metrics, self.speeds = run.stream("metrics", done), run.stream("speed", done)
         self.tokens_a_step = config.batch * config.length
@@ -111,7 +114,7 @@ class Log:
         norm = float(measured["gradient_norm"])
         return {
             "step": step,
-            "bytes": round(step * self.tokens_a_step * self.bytes_a_token),
+            "bytes": round(step * self.bytes_a_step),
             "bits_per_byte": bits if math.isfinite(loss) else None,
             "skipped": skipped,
             "spiked": int(measured["spiked"]),

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Prepared data: a folder of token shards that `nlx data` wrote, read where they are asked for.
 
-data.json                what it was made of and how; of each shard its tokens, documents, digest
+nlx-data.json            what it was made of and how; of each shard its tokens, documents, digest
 tokenizer.json           the tokenizer, unless tokens are bytes
 train-00000.npy          a shard: its documents in tokens, each closed by the separator; as one row
                          of integers, or as .arrayrecord with a record a document
@@ -10,7 +10,7 @@ held-out-00000.npy ...   the same of the text that is kept from training
 
 Nothing is loaded but what a window asks for, so data may be larger than memory, on any storage that
 looks like files. A shard's digest is of its size and its first and last mebibyte: a shard that is
-gone, cut or replaced is noticed when a run begins.
+gone, cut or replaced is noticed when a run begins; a bit that flips in the middle of one is not.
 """
 
 import hashlib
@@ -27,16 +27,18 @@ from nlx_experiments import data, runs, tokenization
 from nlx_experiments.errors import Refused
 from nlx_experiments.tokenization import Tokens
 
-FILE = "data.json"
+FILE = data.PREPARED
+FORMAT = 1
 SPLITS = ("train", "held-out")
 EDGE = 2**20  # bytes
+OPEN = 64  # shards
 
 
 class Shards:
     """The tokens of a split, in files; slices of it are read when they are asked for."""
 
     def __init__(self, folder: pathlib.Path, shards: Sequence[Mapping[str, Any]], dtype: str):
-        """shards: as data.json lists them."""
+        """shards: as nlx-data.json lists them."""
         self.folder, self.dtype = folder, np.dtype(dtype)
         self.names = [shard["file"] for shard in shards]
         self.edges = np.concatenate([[0], np.cumsum([shard["tokens"] for shard in shards])])
@@ -71,6 +73,8 @@ class Shards:
     def _read(self, n: int, start: int, stop: int) -> Integer[np.ndarray, " n"]:
         path = self.folder / self.names[n]
         if n not in self._opened:
+            if len(self._opened) == OPEN:
+                del self._opened[next(iter(self._opened))]
             records = path.suffix == ".arrayrecord"
             self._opened[n] = (
                 (grain.sources.ArrayRecordDataSource([str(path)]), self._ends(n))
@@ -100,13 +104,14 @@ class Prepared(NamedTuple):
     """Folders of prepared data as a run sees them; like `data.Corpus`, without its text."""
 
     name: str
-    folders: tuple[dict[str, Any], ...]  # of each its data.json
+    folders: tuple[dict[str, Any], ...]  # of each its nlx-data.json
     heldout: data.Bytes
 
     @property
     def sha256(self) -> str:
-        """Digest of what the folders hold."""
-        return hashlib.sha256(json.dumps(self.folders, sort_keys=True).encode()).hexdigest()
+        """Digest of what the folders hold, wherever it was made."""
+        told = [{name: part[name] for name in (*SPLITS, "tokenizer")} for part in self.folders]
+        return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
     @property
     def train_bytes(self) -> int:
@@ -157,7 +162,14 @@ def load(
     Raises:
       Refused: shards that are gone or changed, or a tokenizer that is not theirs.
     """
+    if twice := [path for n, path in enumerate(paths) if path.resolve() in _resolved(paths[:n])]:
+        raise Refused(f"`data` holds {twice[0]} twice; see `weights` for more of it.")
     told = [read(path) for path in paths]
+    if len({made["asked"]["held_out_share"] for made in told}) > 1:
+        raise Refused(
+            "`data` holds prepared data of several `held_out_share`, so that what one keeps from "
+            "training the other trains on; it must be one."
+        )
     ours = [made["tokenizer"] for made in told]
     if len(set(ours)) > 1:
         raise Refused("`data` holds prepared data of several tokenizers; it must be of one.")
@@ -165,7 +177,9 @@ def load(
     wanted = tokenizer.sha256
     if name == "bytes":
         wanted = None
-    elif name != "bpe":
+    elif name == "bpe":
+        wanted = wanted or "bpe"
+    else:
         wanted = tokenization.read(pathlib.Path(name)).sha256
     if not wanted == ours[0] == tokenizer.sha256:
         own = "bytes" if ours[0] is None else paths[0] / tokenization.FILE
@@ -195,16 +209,30 @@ def read(folder: pathlib.Path) -> dict[str, Any]:
     Raises Refused otherwise.
     """
     told = runs.read_json(folder / FILE)
-    if told is None:
-        raise Refused(f"{folder} holds no {FILE}; it must be a folder that `nlx data` wrote.")
+    if told is None or told.get("format") != FORMAT:
+        raise Refused(
+            f"{folder} holds no {FILE} that this nlx reads; it must be a folder that `nlx data` "
+            "wrote."
+        )
     for split in SPLITS:
-        for shard in told[split]["shards"]:
-            for path in (folder / shard["file"], ends_of(folder / shard["file"])):
-                if not path.exists():
-                    raise Refused(f"{path} is gone; prepare the data again.")
-            if digest(folder / shard["file"]) != shard["sha256"]:
-                raise Refused(f"{folder / shard['file']} was changed; prepare the data again.")
+        check(folder, told[split]["shards"])
     return told
+
+
+def check(folder: pathlib.Path, listed: Sequence[Mapping[str, Any]]) -> None:
+    """Raises Refused unless these shards are there as they were written."""
+    for shard in listed:
+        for path in (folder / shard["file"], ends_of(folder / shard["file"])):
+            if not path.exists():
+                raise Refused(f"{path} is gone; prepare the data again, in another folder.")
+        if digest(folder / shard["file"]) != shard["sha256"]:
+            raise Refused(
+                f"{folder / shard['file']} was changed; prepare the data again, in another folder."
+            )
+
+
+def _resolved(paths: Sequence[pathlib.Path]) -> set[pathlib.Path]:
+    return {path.resolve() for path in paths}
 
 
 def digest(shard: pathlib.Path) -> str:

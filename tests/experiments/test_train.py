@@ -177,7 +177,7 @@ def test_what_nobody_reads_is_saved(chosen, monkeypatch):
 
 def test_a_score_that_is_no_number_is_refused(chosen, monkeypatch):
     functions = learner.make(chosen)
-    nothing = lambda params, tokens: jnp.full(tokens[:, 1:].shape, jnp.nan)
+    nothing = lambda params, tokens, segment_ids: jnp.full(tokens[:, 1:].shape, jnp.nan)
     monkeypatch.setattr(learner, "make", lambda config: functions._replace(bits=nothing))
     with pytest.raises(Refused, match="step 6 in .* scores held-out bytes with what is no number"):
         loop.train(chosen)
