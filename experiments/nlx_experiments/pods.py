@@ -6,9 +6,10 @@ command    nlx run pods [--only LINE ...]
 shows      what one step takes of a chip's memory, what devices send each other, the least time and
            the largest share of the peak (`pod.py`): models of 1.3 billion parameters on 64 and 256
            chips, one of 7 billion on 512, and hope-340m on 4 to 512 chips; on paper to 6,144
-takes      two to four minutes a line on two cores. A line that is stopped begins anew,
+takes      one to nine minutes a line on two busy cores. A line that is stopped begins anew,
            finished ones are kept
-expects    meant, and not shown yet: every line fits its chips, and nothing is exchanged at a chunk
+expects    every line fits its chips, and nothing is exchanged at a chunk; what is sent is a tenth
+           more than on paper, of which embeddings, gathered and summed in float32, are most
 
 All steps compute in bfloat16 with float32 parameters, memories and sums, AdamW, blocks made again
 in the backward pass.
