@@ -528,8 +528,8 @@ MUTATIONS = (
     Mutation(
         "that a model is scored on bytes that it does not see",
         LEARNER,
-        "(tokens[:, :-1])",
-        "(tokens[:, 1:])",
+        "(tokens[:, :-1], segment_ids=read)",
+        "(tokens[:, 1:], segment_ids=read)",
         OF_TRAIN,
     ),
     Mutation(
@@ -549,8 +549,8 @@ MUTATIONS = (
     Mutation(
         "the trained weights in a run's score",
         LOOP,
-        "functions.bits(state.params, tokens)",
-        "functions.bits(functions.init().params, tokens)",
+        "functions.bits(state.params, rows",
+        "functions.bits(functions.init().params, rows",
         OF_TRAIN,
     ),
     Mutation(
