@@ -10,7 +10,7 @@ shows      the share of answers that are right, of models trained on rows of at 
 takes      1 fact: half an hour of a core for Hope, ten to fifteen minutes for each other model; 2
            facts, not run yet: reckoned 50 minutes. A model that is stopped begins anew, finished
            ones are kept
-expects    1 fact: Hope in the mean to 65,536 above Titans (64 and 41 %), not above DeltaNet (73) and
+expects    1 fact: Hope in the mean to 65,536 above Titans (64 and 41 %), below DeltaNet (73) and
            Gated DeltaNet (71), as was meant; at chance at a million; memory flat to ten million
 
 The protocol is BABILong's (`scattered_tasks.py`): stories of 2 to 12 facts scattered among text,
