@@ -254,15 +254,13 @@ def main(argv: list[str] | None = None) -> int:
         found = []
         if config.kills:
             found = compare(folder / "kills", config.preset, config.kills, config.seed)
+            same = f"{config.kills} kills: weights, memories, data position and metrics are bitwise"
+            differ = f"{len(found)} things differ: {', '.join(found[:20])}"
+            print(differ if found else f"{same} equal.", flush=True)
         names = {"none": (), "some": damage.SOME, "all": tuple(damage.FAULTS)}[config.harms]
         wrong = harmed(folder / "harms", config.preset, names) if names else []
-    if found:
-        print(f"{len(found)} things differ: {', '.join(found[:20])}")
-    elif config.kills:
-        told = "weights, memories, data position and metrics are bitwise equal"
-        print(f"{config.kills} kills: {told}.")
-    if names:
-        print(f"{len(names)} harms, {len(wrong)} of them with loss or without a sentence.")
+        if names:
+            print(f"{len(names)} harms, {len(wrong)} of them with loss or without a sentence.")
     return 1 if found or wrong else 0
 
 
