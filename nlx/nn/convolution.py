@@ -67,6 +67,4 @@ class Convolution(nnx.Module):
                 for j in range(past + 1)
             ]
             window = jnp.where(index[:, t:] == own[:, -1:], inputs[:, t:], 0)
-        kernel = kernel[:, None, None]
-        first, *rest = [w * tap for w, tap in zip(kernel, taps, strict=True)]
-        return sum(rest, first), window
+        return jnp.einsum("jbtd,jd->btd", jnp.stack(taps), kernel), window
