@@ -47,7 +47,7 @@ class TrainConfig:
     wrote; the Python standard library's own source by default."""
     weights: tuple[float, ...] = ()
     """The share of rows from each folder that `nlx data` wrote, up to a factor; by default as many
-    as it has tokens."""
+    as it has."""
     pack: bool = False
     """Rows of whole documents, at each of which memories begin anew, in place of windows that are
     cut from all of them joined."""

@@ -17,7 +17,7 @@ LEFT = "Event loop is closed"
 
 @functools.cache
 def hush() -> None:
-    """Drops those traces, and nothing else, from here on in this process."""
+    """Drops those traces from here on in this process, and what absl and asyncio log as errors."""
     for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     raised, unraisable = sys.excepthook, sys.unraisablehook

@@ -133,7 +133,6 @@ def train(config: TrainConfig) -> dict[str, Any]:
                 "is no number. A lower `learning_rate` may help, in another folder."
             )
         result = _result(config, functions, corpus, tokens, dataset, positions, bits, sizes[1])
-
         if hosts.first():
             _report(run, config, result)
         run.write("result", result)

@@ -24,6 +24,8 @@ from collections.abc import Iterator
 from typing import Any, Literal
 
 import numpy as np
+
+# An extension module, which pyright cannot see into.
 from array_record.python import array_record_module  # pyright: ignore[reportAttributeAccessIssue]
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
