@@ -90,10 +90,9 @@ def main(options: Prepare) -> dict[str, Any]:
     asked["source"] = [str(path.resolve()) for path in options.source]
     if options.tokenizer not in TOKENIZERS:
         asked["tokenizer"] = str(pathlib.Path(options.tokenizer).resolve())
-    known = (shards.FILE, PROGRESS, ".lock")
-    if options.out.is_dir() and not any((options.out / name).exists() for name in known):
-        if other := next(options.out.iterdir(), None):
-            raise Refused(f"`out` is {options.out}, which holds {other.name}; choose another.")
+    there = {path.name for path in options.out.iterdir()} if options.out.is_dir() else set()
+    if not there & {shards.FILE, PROGRESS} and (other := min(there - {".lock"}, default=None)):
+        raise Refused(f"`out` is {options.out}, which holds {other}; choose another.")
     with runs.Run(options.out) as folder:
         if (options.out / shards.FILE).exists():
             done = shards.read(options.out)

@@ -163,6 +163,7 @@ def test_a_preparation_is_bound_to_what_was_asked_before_its_first_shard(
 def test_other_folders_are_left_alone(tmp_path, lines):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.json").write_text("{}")
+    (tmp_path / "run" / ".lock").write_text("")  # as a run's folder has one
     with pytest.raises(Refused, match="`out` is .*, which holds config.json; choose another"):
         made(tmp_path / "run", lines)
     (tmp_path / "site").mkdir()
