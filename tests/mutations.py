@@ -1949,7 +1949,7 @@ MUTATIONS = (
     ),
     Mutation(
         "which rows a process reads",
-        "experiments/nlx_experiments/data.py",
+        "experiments/nlx_experiments/batching.py",
         "self.windows[int(index) * self.batch + row]",
         "self.windows[int(index) * self.batch]",
         "experiments/test_hosts.py",
@@ -2047,14 +2047,14 @@ MUTATIONS = (
     ),
     Mutation(
         "the shares of a mixture",
-        f"{EXPERIMENTS}/data.py",
+        f"{EXPERIMENTS}/batching.py",
         "grain.MapDataset.mix(parts, whole)",
         "grain.MapDataset.mix(parts)",
         "experiments/test_prepare.py",
     ),
     Mutation(
         "the position from which readers go on",
-        f"{EXPERIMENTS}/data.py",
+        f"{EXPERIMENTS}/batching.py",
         "ahead = dataset[position:].to_iter_dataset(options)",
         "ahead = dataset.to_iter_dataset(options)",
         "experiments/test_prepare.py",

@@ -15,6 +15,7 @@ import numpy as np
 import optax
 
 from nlx import optim
+from nlx_experiments import batching
 from nlx_experiments import data as text
 from nlx_experiments.errors import Refused
 
@@ -159,7 +160,7 @@ def transformer(
 ) -> Task:
     """A transformer on the bytes of the standard library's source, scored on held-out files."""
     corpus = text.load()
-    scored = text.evaluation_windows(corpus.heldout, context, 64 * context)
+    scored = batching.evaluation_windows(corpus.heldout, context, 64 * context)
     heldout = np.stack([corpus.heldout[i * context : (i + 1) * context + 1] for i in scored])
     heads = 4
 

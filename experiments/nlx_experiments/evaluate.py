@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int, Integer, UInt8
 
-from nlx_experiments import data, markov
+from nlx_experiments import batching, data, markov
 from nlx_experiments.data import Corpus
 from nlx_experiments.tokenization import Tokens
 
@@ -38,7 +38,7 @@ def scored_positions(corpus: Corpus | Tokens, length: int, limit: int) -> Int[np
     stream = corpus.heldout
     if isinstance(corpus, Tokens) and corpus.tokenizer.json is not None:
         limit = round(limit * stream.size / corpus.tokenizer.starts(stream)[-1])
-    windows = data.evaluation_windows(stream, length, limit)
+    windows = batching.evaluation_windows(stream, length, limit)
     return windows[:, None] * length + 1 + np.arange(length)
 
 

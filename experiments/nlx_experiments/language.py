@@ -45,7 +45,15 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 
 from nlx import nn
-from nlx_experiments import choice_formats, data, language_table, loop, report, runs, tokenization
+from nlx_experiments import (
+    batching,
+    choice_formats,
+    language_table,
+    loop,
+    report,
+    runs,
+    tokenization,
+)
 from nlx_experiments import choices as choosing
 from nlx_experiments import multiple_choice as multiple
 from nlx_experiments.cells import Store
@@ -202,7 +210,7 @@ def planned(options: Language, folder: runs.Run) -> Plan:
     if made.json is not None:
         runs.write_whole(path, made.json)
         name = str(path)
-    once = len(data.Windows(tokens.train, size.length)) // size.batch
+    once = len(batching.Windows(tokens.train, size.length)) // size.batch
     steps = max(2, min(once, round(size.text / per_token / (size.batch * size.length))))
     return Plan(name, made.size, made.sha256, steps, corpus.sha256)
 

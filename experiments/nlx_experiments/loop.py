@@ -19,10 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from nlx.train import TrainState
-from nlx_experiments import config as configs
 from nlx_experiments import (
+    batching,
     console,
-    data,
     evaluate,
     hosts,
     learner,
@@ -33,6 +32,7 @@ from nlx_experiments import (
     shards,
     tokenization,
 )
+from nlx_experiments import config as configs
 from nlx_experiments.checkpoints import Checkpoints
 from nlx_experiments.config import TrainConfig
 from nlx_experiments.console import Silent, StopRequest, display
@@ -62,11 +62,11 @@ def train(config: TrainConfig) -> dict[str, Any]:
     )
     if config.weights and not isinstance(tokens.train, list):
         raise Refused("`weights` is given; `data` must then be folders that `nlx data` wrote.")
-    made = data.sources(
+    made = batching.sources(
         tokens.train, length=config.length, pack=config.pack, separator=tokens.tokenizer.separator
     )
     mixed = functools.partial(
-        data.mixed, made, batch=config.batch, seed=config.seed, weights=config.weights
+        batching.mixed, made, batch=config.batch, seed=config.seed, weights=config.weights
     )
     dataset = mixed()
     sizes = _bytes(config, corpus, tokens, made)
@@ -91,7 +91,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
                 return result
             hosts.by_first(lambda: runs.note_environment(run, say))
             own = dataset if functions.rows is None else mixed(rows=functions.rows)
-            batches = data.batches(own, position, config.workers)
+            batches = batching.batches(own, position, config.workers)
             ledger, done = Ledger(run.read("time")), int(state.step)
             told = configs.to_json(config)
             make = lambda: [loggers.make(name, run.folder, told) for name in config.log]
@@ -190,7 +190,7 @@ def _bytes(
         each = [part["train"]["bytes"] / part["train"]["tokens"] for part in corpus.folders]
     else:
         each = [corpus.train_bytes / tokens.train_size]
-    targets = data.shares(made, config.weights) * [source.targets for source in made]
+    targets = batching.shares(made, config.weights) * [source.targets for source in made]
     of_row = float(targets @ each)
     return of_row / float(targets.sum()), config.batch * of_row
 
@@ -340,7 +340,7 @@ def _result(
 
 def _seen(config: TrainConfig, dataset: Any, tokens: Tokens) -> list[tuple[int, int]]:
     """The stretches of the training text, in bytes, that were shown."""
-    seen, known = data.seen(dataset, config.length, config.steps), tokens.tokenizer
+    seen, known = batching.seen(dataset, config.length, config.steps), tokens.tokenizer
     if known.json is None:
         return seen
     starts = known.starts(tokens.train)

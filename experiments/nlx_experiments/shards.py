@@ -125,13 +125,7 @@ class Prepared(NamedTuple):
 
     def record(self) -> dict[str, Any]:
         """What stands beside a run."""
-        return {
-            "name": self.name,
-            "sha256": self.sha256,
-            "train_bytes": self.train_bytes,
-            "heldout_bytes": int(self.heldout.size),
-            "files": self.files,
-        }
+        return data.noted(self, self.files)
 
 
 def is_prepared(paths: Sequence[pathlib.Path]) -> bool:

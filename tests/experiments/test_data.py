@@ -5,7 +5,7 @@ import json
 
 import numpy as np
 import pytest
-from nlx_experiments import data
+from nlx_experiments import batching, data
 from nlx_experiments.errors import Refused
 
 
@@ -91,12 +91,12 @@ def test_no_text_is_a_sentence(tmp_path, monkeypatch):
     with pytest.raises(Refused, match="ships no sources .* pass `--data`"):
         data.load()
     with pytest.raises(Refused, match="holds only 5 bytes; it must hold at least 9"):
-        data.Windows(np.zeros(5, np.uint8), 8)
+        batching.Windows(np.zeros(5, np.uint8), 8)
 
 
 def test_windows_make_every_byte_a_target_once():
     stream = np.arange(50, dtype=np.uint8)
-    windows = data.Windows(stream, 7)
+    windows = batching.Windows(stream, 7)
     targets = np.concatenate([windows[i]["tokens"][1:] for i in range(len(windows))])
     np.testing.assert_array_equal(targets, np.arange(1, 50))
     for i in range(len(windows) - 1):
@@ -104,17 +104,17 @@ def test_windows_make_every_byte_a_target_once():
 
 
 def dataset(seed=3):
-    return data.training_data(np.arange(250, dtype=np.uint8), length=8, batch=4, seed=seed)
+    return batching.training_data(np.arange(250, dtype=np.uint8), length=8, batch=4, seed=seed)
 
 
 @pytest.mark.parametrize("stop", [1, 5, 9, 20])  # an epoch is 31 windows, 7.75 batches
 def test_resume_mid_epoch_is_exact(stop):
-    whole = [next(i) for i in [data.batches(dataset())] for _ in range(25)]
-    first = data.batches(dataset())
+    whole = [next(i) for i in [batching.batches(dataset())] for _ in range(25)]
+    first = batching.batches(dataset())
     for _ in range(stop):
         next(first)
     position = json.loads(json.dumps(first.get_state()))
-    rest = data.batches(dataset(), position)
+    rest = batching.batches(dataset(), position)
     for expected in whole[stop:]:
         np.testing.assert_array_equal(next(rest)["tokens"], expected["tokens"])
 
@@ -129,7 +129,7 @@ def test_epochs_are_whole_and_differ():
 
 def test_seen_is_what_was_shown():
     source, shown = np.arange(250, dtype=np.uint8), dataset()
-    stretches = data.seen(shown, 8, 4)
+    stretches = batching.seen(shown, 8, 4)
     bytes_seen = set()
     for i in range(4):
         for row in shown[i]["tokens"]:
@@ -142,8 +142,8 @@ def test_seen_is_what_was_shown():
 
 def test_evaluation_windows_are_spread():
     stream = np.zeros(10_001, np.uint8)
-    assert data.evaluation_windows(stream, 100, 10**9).tolist() == list(range(100))
-    assert data.evaluation_windows(stream, 100, 1000).tolist() == list(range(0, 100, 10))
+    assert batching.evaluation_windows(stream, 100, 10**9).tolist() == list(range(100))
+    assert batching.evaluation_windows(stream, 100, 1000).tolist() == list(range(0, 100, 10))
 
 
 def test_text_and_bytes():

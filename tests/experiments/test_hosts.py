@@ -12,7 +12,7 @@ import time
 
 import numpy as np
 import pytest
-from nlx_experiments import data, hosts, runs
+from nlx_experiments import batching, hosts, runs
 from nlx_experiments.config import TrainConfig
 from nlx_experiments.errors import Refused
 from nlx_experiments.hosts import HostsConfig
@@ -177,18 +177,18 @@ def test_processes_that_are_told_different_things_refuse(texts, tmp_path):
 
 def test_each_process_reads_its_rows():
     stream = np.arange(1000, dtype=np.int32) % 250
-    whole = data.training_data(stream, length=9, batch=4, seed=0)
-    part = data.training_data(stream, length=9, batch=4, seed=0, rows=(1, 3))
+    whole = batching.training_data(stream, length=9, batch=4, seed=0)
+    part = batching.training_data(stream, length=9, batch=4, seed=0, rows=(1, 3))
     for n in (0, 1, 40):
         wanted, found = whole[n], part[n]
         np.testing.assert_array_equal(found["tokens"][[1, 3]], wanted["tokens"][[1, 3]])
         assert not found["tokens"][[0, 2]].any()
-    batches = data.batches(part)
+    batches = batching.batches(part)
     read = [next(batches)["tokens"] for _ in range(3)]
     state = batches.get_state()
     after = next(batches)["tokens"]
     np.testing.assert_array_equal(read[2], part[2]["tokens"])
-    np.testing.assert_array_equal(next(data.batches(part, state))["tokens"], after)
+    np.testing.assert_array_equal(next(batching.batches(part, state))["tokens"], after)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import pathlib
 import jax
 import numpy as np
 import pytest
-from nlx_experiments import checkpoints, config, data, learner, loop, runs
+from nlx_experiments import batching, checkpoints, config, data, learner, loop, runs
 from nlx_experiments.config import MeshConfig
 from nlx_experiments.errors import Refused
 
@@ -36,7 +36,7 @@ def on_devices(folder):
     for n in range(9):
         (texts / f"{n}.txt").write_text("".join(f"{n} times {i} is {n * i}\n" for i in range(60)))
     corpus = data.load([texts])
-    batches = data.training_data(corpus.train, length=16, batch=8, seed=0, pack=True)
+    batches = batching.training_data(corpus.train, length=16, batch=8, seed=0, pack=True)
     losses, states, every = {}, {}, jax.devices
     for name, mesh in MESHES.items():
         if mesh is None:

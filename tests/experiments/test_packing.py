@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nlx_experiments import data, packing
+from nlx_experiments import batching, packing
 from nlx_experiments.errors import Refused
 
 from nlx import nn, train
@@ -83,7 +83,7 @@ def test_a_packed_batch_costs_what_its_documents_cost(preset):
 
 def test_documents_of_a_text_end_at_separators():
     stream = np.array([5, 6, 0, 7, 0, 8], np.uint8)
-    packed = data.training_data(stream, length=3, batch=1, seed=0, pack=True)
+    packed = batching.training_data(stream, length=3, batch=1, seed=0, pack=True)
     rows = sorted(packed[n]["tokens"][0].tolist() for n in range(3))
     assert rows == [[0, 7, 0, 0], [0, 8, 0, 0], [5, 6, 0, 0]]
     assert {tuple(packed[n]["segment_ids"][0]) for n in range(3)} == {(0, 0, 0, -4), (0, 0, -3, -4)}
@@ -91,4 +91,4 @@ def test_documents_of_a_text_end_at_separators():
 
 def test_a_text_shorter_than_a_row_is_refused():
     with pytest.raises(Refused, match="`length` is 9, but the text holds only 6 tokens; it must"):
-        data.training_data(np.arange(6), length=9, batch=1, seed=0, pack=True)
+        batching.training_data(np.arange(6), length=9, batch=1, seed=0, pack=True)

@@ -11,7 +11,7 @@ import types
 
 import numpy as np
 import pytest
-from nlx_experiments import config, data, loop, prepare, runs, shards, tokenization
+from nlx_experiments import batching, config, data, loop, prepare, runs, shards, tokenization
 from nlx_experiments.errors import Refused
 from nlx_experiments.prepare import Prepare
 
@@ -320,7 +320,7 @@ def test_mixtures_have_the_shares_that_are_asked_for():
     streams = [np.full(900, 1, np.uint8), np.full(300, 2, np.uint8)]
 
     def shares(**fields):
-        rows = data.training_data(streams, length=9, batch=8, seed=0, **fields)
+        rows = batching.training_data(streams, length=9, batch=8, seed=0, **fields)
         first = np.concatenate([rows[n]["tokens"][:, 0] for n in range(40)])
         return np.mean(first == 1)
 
@@ -332,10 +332,10 @@ def test_mixtures_have_the_shares_that_are_asked_for():
 def test_workers_give_the_same_batches(tmp_path, lines, pack):
     told = made(tmp_path / "out", lines)
     stream = shards.Shards(tmp_path / "out", told["train"]["shards"], told["dtype"])
-    rows = data.training_data([stream], length=16, batch=3, seed=1, pack=pack)
-    alone = data.batches(rows)
+    rows = batching.training_data([stream], length=16, batch=3, seed=1, pack=pack)
+    alone = batching.batches(rows)
     wanted = [next(alone) for _ in range(9)]
-    several = data.batches(rows, {"next_index": 2}, workers=2)
+    several = batching.batches(rows, {"next_index": 2}, workers=2)
     for batch in wanted[2:]:
         found = next(several)
         assert found.keys() == batch.keys()
@@ -388,7 +388,10 @@ def test_training_on_packed_mixtures_resumes_to_the_bit(tmp_path, lines, monkeyp
 def test_bytes_of_a_mixture_are_those_of_its_parts():
     parts = [{"train": {"bytes": 300, "tokens": 100}}, {"train": {"bytes": 450, "tokens": 100}}]
     prepared = shards.Prepared("", tuple(parts), np.zeros(0, np.uint8))
-    rows = [data.Windows(np.zeros(101, np.uint8), 10), data.Windows(np.zeros(301, np.uint8), 10)]
+    rows = [
+        batching.Windows(np.zeros(101, np.uint8), 10),
+        batching.Windows(np.zeros(301, np.uint8), 10),
+    ]
     told = lambda weights: loop._bytes(
         types.SimpleNamespace(weights=weights, batch=2), prepared, None, rows
     )
@@ -398,8 +401,8 @@ def test_bytes_of_a_mixture_are_those_of_its_parts():
 
 def test_readers_leave_signals_to_the_run(monkeypatch):
     left = {}
-    monkeypatch.setattr(data.signal, "signal", lambda number, what: left.update({number: what}))
-    data._leave_signals(0, 1)
+    monkeypatch.setattr(batching.signal, "signal", lambda number, what: left.update({number: what}))
+    batching._leave_signals(0, 1)
     assert left == dict.fromkeys((signal.SIGINT, signal.SIGTERM), signal.SIG_IGN)
 
 

@@ -9,7 +9,17 @@ import shutil
 
 import numpy as np
 import pytest
-from nlx_experiments import config, data, evaluate, generate, learner, loop, runs, whitebox
+from nlx_experiments import (
+    batching,
+    config,
+    data,
+    evaluate,
+    generate,
+    learner,
+    loop,
+    runs,
+    whitebox,
+)
 from nlx_experiments import tokenization as tokens
 from nlx_experiments.errors import Refused
 from nlx_experiments.run import main as nlx
@@ -189,14 +199,14 @@ def test_a_run_on_tokens_scores_bytes_and_words(run, texts, bpe):
     per_token = corpus.train.size / made.train.size
     first = runs.read_lines(chosen.folder / "metrics.jsonl")[0]
     assert first["bytes"] == round(16 * per_token)
-    dataset = data.training_data(made.train, length=8, batch=2, seed=0)
-    window = next(data.batches(dataset))["tokens"].astype(np.int32)
+    dataset = batching.training_data(made.train, length=8, batch=2, seed=0)
+    window = next(batching.batches(dataset))["tokens"].astype(np.int32)
     scores = np.asarray(learner.build(chosen)(window[:, :-1])[0], np.float64)
     chances = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
     loss = -np.log2(np.take_along_axis(chances, window[:, 1:, None], -1)).mean()
     assert first["bits_per_byte"] == pytest.approx(loss / per_token, rel=1e-5)
     starts = bpe.starts(made.train)
-    seen = [(starts[a], starts[b]) for a, b in data.seen(dataset, 8, 2)]
+    seen = [(starts[a], starts[b]) for a, b in batching.seen(dataset, 8, 2)]
     assert result["distinct_bytes_seen"] == sum(b - a for a, b in seen)
     held = evaluate.byte_positions(made, positions)
     assert result["ngram_bits_per_byte"]["2"] == evaluate.ngram_bits(corpus, 2, held, seen)

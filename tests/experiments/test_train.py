@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from nlx_experiments import (
+    batching,
     checkpoints,
     config,
     console,
@@ -132,10 +133,10 @@ def test_the_result_is_of_the_trained_weights_on_bytes_they_do_not_see(unbroken)
     assert len(bits) == result["bytes_scored"]
     np.testing.assert_allclose(np.mean(bits), result["bits_per_byte"], rtol=1e-5)
 
-    dataset = data.training_data(
+    dataset = batching.training_data(
         corpus.train, length=chosen.length, batch=chosen.batch, seed=chosen.seed
     )
-    batches = data.batches(dataset)
+    batches = batching.batches(dataset)
     seen = np.zeros(corpus.train.size, bool)
     for _ in range(STEPS):
         for number in next(batches)["window"]:
@@ -151,10 +152,10 @@ def test_the_result_is_of_the_trained_weights_on_bytes_they_do_not_see(unbroken)
 def test_the_metrics_are_in_bits(unbroken):
     """The first step's loss, of the weights that the seed draws, on the first batch."""
     chosen, _ = unbroken
-    dataset = data.training_data(
+    dataset = batching.training_data(
         data.load(chosen.data).train, length=chosen.length, batch=chosen.batch, seed=chosen.seed
     )
-    tokens = next(data.batches(dataset))["tokens"].astype(np.int32)
+    tokens = next(batching.batches(dataset))["tokens"].astype(np.int32)
     scores = np.asarray(learner.build(chosen)(tokens[:, :-1])[0], np.float64)
     chances = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
     bits = -np.log2(np.take_along_axis(chances, tokens[:, 1:, None], -1))
