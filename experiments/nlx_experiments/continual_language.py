@@ -21,6 +21,7 @@ from nlx_experiments.continual_tasks import Absent, Rows, Scenario, Stage, encod
 from nlx_experiments.errors import Refused
 
 ARROW, END = " = ", "\n"
+SPLITS = "train", "validation", "test"
 Pair = tuple[str, str]
 
 
@@ -34,8 +35,9 @@ def domains(
 
     Given no paths, four that every machine has and the model was not trained on: Python's help
     topics in English, its tables of code pages, names of Unicode's characters, sums; and, where
-    NLX_DATA holds them, CLINC150's queries and sentences in Kalamang. The first 7 tenths of each
-    are trained on, the next one validated on, the last 2 tested on.
+    NLX_DATA holds them, CLINC150's queries and sentences in Kalamang. Each is cut into
+    windows; of these 7 tenths are trained on, one is validated on and 2 are tested on, which is
+    drawn.
 
     Args:
       paths: files of text, or folders; each a domain.
@@ -44,7 +46,7 @@ def domains(
       generator: draws.
 
     Raises:
-      Refused: a path without text, two of one name, or a text shorter than a window in a split.
+      Refused: a path without text, two of one name, or a text of less than ten windows.
     """
     if len({path.name for path in paths}) < len(paths):
         raise Refused(
@@ -53,23 +55,19 @@ def domains(
     texts = {p.name: _joined(p) for p in paths} if paths else _own_domains(generator)
     names = list(texts)
 
-    def rows(name: str, split: str, begin: float, end: float) -> Rows:
+    def rows(name: str) -> list[Rows]:
         text = texts[name]
-        part = text[int(begin * len(text)) : int(end * len(text))]
-        if len(part) < length:
+        if len(text) < 10 * length:
             raise Refused(
-                f"the domain {name} has {len(part)} bytes to {split}; it must have {length}, a "
-                "window's, or more."
+                f"the domain {name} has {len(text)} bytes; it must have {10 * length} or more, ten "
+                "windows'."
             )
-        starts = np.arange(0, len(part) - length + 1, length)
-        starts = generator.permutation(starts)[: counts[split]]
-        return foretold([part[s : s + length] for s in starts], length)
+        starts = generator.permutation(np.arange(0, len(text) - length + 1, length))
+        parts = np.split(starts, [len(starts) * 7 // 10, len(starts) * 8 // 10])
+        kept = [part[: counts[split]] for part, split in zip(parts, SPLITS, strict=True)]
+        return [foretold([text[s : s + length] for s in part], length) for part in kept]
 
-    stages = []
-    for n in generator.permutation(len(names)):
-        cuts = (("train", 0, 0.7), ("validation", 0.7, 0.8), ("test", 0.8, 1))
-        train, validation, test = (rows(names[n], *cut) for cut in cuts)
-        stages.append(Stage(names[n], train, validation, test))
+    stages = [Stage(names[n], *rows(names[n])) for n in generator.permutation(len(names))]
     return Scenario("text", tuple(stages))
 
 
@@ -84,7 +82,7 @@ def foretold(texts: Sequence[bytes], length: int, told: Sequence[int] = ()) -> R
 
 def _joined(path: pathlib.Path) -> bytes:
     corpus = data.load((path,))
-    return corpus.train.tobytes() + corpus.heldout.tobytes()
+    return (corpus.train.tobytes() + corpus.heldout.tobytes()).replace(bytes([data.SEPARATOR]), b"")
 
 
 def _own_domains(generator: np.random.Generator) -> dict[str, bytes]:

@@ -14,7 +14,15 @@ from nlx.clock import Clock
 from nlx_experiments import continual_language as language
 from nlx_experiments import continual_prompt as prompt
 from nlx_experiments import continual_rules as rules
-from nlx_experiments.continual_methods import EQUAL, METHODS, Choice, Method, Plan, clocks_of
+from nlx_experiments.continual_methods import (
+    EQUAL,
+    METHODS,
+    Choice,
+    Method,
+    Plan,
+    clocks_of,
+    stretches,
+)
 from nlx_experiments.continual_model import Reader
 from nlx_experiments.continual_rules import Batch
 from nlx_experiments.continual_tasks import Kind, Rows, Scenario, Stage
@@ -172,7 +180,8 @@ def functions(method: Method, graph: nnx.GraphDef, params: Any, kind: Kind) -> d
         if len(_COMPILED) > 15:
             _COMPILED.clear()
         if method.levels:
-            made = rules.stacked(graph, kind, HELD.get(method.learns, "values"))
+            held = HELD.get(method.learns, "values")
+            made = rules.stacked(graph, kind, held, stretches(method))
         else:
             made = rules.whole(graph, kind)
         _COMPILED[what] = made | rules.examinations(graph, kind)

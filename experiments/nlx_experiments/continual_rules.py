@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The compiled part of every method of `continual_methods`: losses, examinations, steps."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -122,7 +122,8 @@ def penalty(params: Any, memories: Whole) -> Float[Array, ""]:
 def fisher(graph: nnx.GraphDef, params: Any, batch: Batch, key: Array, kind: Kind) -> Any:
     """Diagonal of the Fisher information: mean over rows of (d log p(y | row) / dp)^2, y from p.
 
-    Of language y is one byte for each scored place, and a row's log-likelihood their sum.
+    Of language y is one byte for each scored place, and F is of one of them, as the loss is a mean
+    over them: a row's square, of the sum of their log-likelihoods, divided by how many it has.
     """
 
     def squared(row: Batch, key: Array):
@@ -138,7 +139,7 @@ def fisher(graph: nnx.GraphDef, params: Any, batch: Batch, key: Array, kind: Kin
                 counts = row.scored[0, 1:]
             drawn = jax.random.categorical(key, jax.lax.stop_gradient(scores))
             chosen = jnp.take_along_axis(jax.nn.log_softmax(scores), drawn[:, None], 1)[:, 0]
-            return jnp.sum(chosen * counts)
+            return jnp.sum(chosen * counts) / jnp.sqrt(jnp.maximum(jnp.sum(counts), 1))
 
         return jax.tree.map(jnp.square, jax.grad(log_likelihood)(params))
 
@@ -168,7 +169,9 @@ class Stacked(NamedTuple):
 Held = Literal["values", "values by adam", "units by adam"]
 
 
-def stacked(graph: nnx.GraphDef, kind: Kind, held: Held = "values") -> dict[str, Any]:
+def stacked(
+    graph: nnx.GraphDef, kind: Kind, held: Held = "values", stretches: Sequence[int] = (1,) * 3
+) -> dict[str, Any]:
     """begin and step of a model whose MLPs are levels on clocks (`nn.from_pretrained_mlps`).
 
     As a nest under the task's loss: one level for each clock of `nn.clocks_by_level`, which at the
@@ -178,15 +181,16 @@ def stacked(graph: nnx.GraphDef, kind: Kind, held: Held = "values") -> dict[str,
     All else has frequency 0.
 
     held: what a level holds and moves: as above; the same values by Adam; or its units of every
-    layer, whole, by Adam.
+    layer, whole, by Adam. stretches: of each level, how many horizons it remembers its keys for.
     """
 
     def nest_of(params: Any, choice: Mapping[str, Any]):
         reader = nnx.merge(graph, params)
         clocks = nn.clocks_by_level(reader) | {"outer": Clock(None)}
-        rule = adam(choice["rate"])
+        rules = dict.fromkeys(clocks, adam(choice["rate"]))
         if held == "values":
-            rule = least_squares(choice["rate"], choice["horizon"])
+            for n, stretch in enumerate(stretches):
+                rules[f"cms_{n}"] = least_squares(choice["rate"], stretch * choice["horizon"])
         if held == "units by adam":
             parts, joined, loss = _by_units(reader, kind)
         else:
@@ -195,7 +199,7 @@ def stacked(graph: nnx.GraphDef, kind: Kind, held: Held = "values") -> dict[str,
         levels = {
             name: Level(
                 lambda key, name=name: parts[name],
-                write=None if clocks[name].period is None else writes.summed(rule),
+                write=None if clocks[name].period is None else writes.summed(rules[name]),
                 clock=clocks[name],
             )
             for name in parts

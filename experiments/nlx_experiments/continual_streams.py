@@ -29,7 +29,7 @@ class Row(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Continual(Options):
-    """Streams of tasks, thirteen ways to learn them."""
+    """Streams of tasks, fourteen ways to learn them."""
 
     runs: pathlib.Path = pathlib.Path("runs/continual")
     seeds: int = 3

@@ -16,6 +16,7 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Float, Int
 
+from nlx_experiments.console import say
 from nlx_experiments.errors import Refused
 
 Kind = Literal["classes", "text", "translation"]
@@ -228,7 +229,8 @@ def labelled_file(
     """A CSV file with the columns text and label (Banking77: text, category), cut into tasks.
 
     Of each class a tenth of the texts is validated on, two tenths are tested on, at least one each;
-    which ones, their hashes decide. Of Banking77's folder those of test.csv are tested on, and of
+    which ones, their hashes decide; a class of fewer than three is left out, with a line that says
+    so. Of Banking77's folder those of test.csv are tested on, and of
     train.csv the others. Labels are shuffled, then dealt to tasks.
 
     path: the file, or the folder of Banking77's train.csv and test.csv. classes: of each task,
@@ -249,9 +251,12 @@ def labelled_file(
         splits["test"][label] = texts[:first] or told.get(label, [])
         splits["validation"][label] = texts[first:second]
         splits["train"][label] = texts[second:]
-    labels = sorted({label for held in splits.values() for label in held})
+    labels = sorted(label for label in splits["train"] if all(s[label] for s in splits.values()))
+    if few := sorted(splits["train"].keys() - set(labels)):
+        named = ", ".join(few[:5]) + (" ..." if len(few) > 5 else "")
+        say(f"{path}: {len(few)} classes of fewer than three texts are left out: {named}.")
     if not labels:
-        raise Refused(f"{path} holds no line below its header.")
+        raise Refused(f"{path} must hold three texts or more of some label.")
     labels = [labels[n] for n in generator.permutation(len(labels))]
     parts = [labels[n : n + classes] for n in range(0, len(labels), classes)]
     tasks = {f"task {n + 1}": part for n, part in enumerate(parts)}

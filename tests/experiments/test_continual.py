@@ -14,7 +14,7 @@ from nlx_experiments import continual_prompt as prompts
 from nlx_experiments import continual_rules as rules
 from nlx_experiments import continual_tasks as tasks
 from nlx_experiments.continual_learner import Learner
-from nlx_experiments.continual_methods import METHODS, Plan
+from nlx_experiments.continual_methods import METHODS, Plan, stretches
 from nlx_experiments.continual_model import Size
 from nlx_experiments.continual_tasks import Scenario, Stage
 from nlx_experiments.continual_write import Pair, least_squares
@@ -195,6 +195,31 @@ def test_levels_on_one_clock_have_the_same_units_and_all_fire_at_every_step(mode
     assert one.carried() == other.carried()
 
 
+def test_levels_remember_for_the_horizons_that_their_method_says(model, scenario):
+    """After n firings a level's memory of its keys holds what one of its horizon holds."""
+    assert {name: stretches(METHODS[name]) for name in METHODS if METHODS[name].levels} == {
+        "hope, 1 level": (1,),
+        "hope, 2 levels": (1, 1),
+        "hope, 3 levels": (1, 1, 1),
+        "hope, 1 level, long horizon": (16,),
+        "hope, 3 levels, one clock": (1, 4, 16),
+        "hope, 3 levels, values by adam": (1, 1, 1),
+        "hope, 1 level, adam": (1,),
+        "hope, 3 levels, adam": (1, 1, 1),
+    }
+    seen = np.array([True, True, False, False])
+    batch = learners.batch_of(scenario.stages[0].train.take(np.array([0, 4])), seen)
+    held = {}
+    for name, horizon in (("hope, 1 level", 32.0), ("hope, 1 level, long horizon", 2.0)):
+        one = learner(name, model, scenario)
+        choice = {"rate": jnp.float32(1.0), "horizon": jnp.float32(horizon)}
+        params, memories = one.params, one.memories
+        for _ in range(3):
+            params, memories = one.functions["step"](params, memories, batch, choice)
+        held[name] = rules.values_of(params, 1)["cms_0"]
+    np.testing.assert_array_equal(*held.values())
+
+
 def test_what_is_carried_is_counted_and_replay_may_have_as_much(model, scenario):
     size = {name: learner(name, model, scenario).carried() for name in METHODS}
     weights = sum(x.size for x in jax.tree.leaves(learner("ewc", model, scenario).params))
@@ -283,6 +308,34 @@ def test_fisher_is_the_mean_square_of_the_drawn_answers_gradients(model, scenari
     assert answers == {0, 1}  # so that they are drawn, and are not the labels' or the likeliest
     for a, b in zip(jax.tree.leaves(given.fisher), jax.tree.leaves(total), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6)
+
+
+def test_fisher_of_language_is_that_of_one_scored_byte(model):
+    """A loss that is a mean over bytes has the information of one, however many a row has."""
+    short = continual_language.translated([("ab", "c")] * 4, 16)
+    long = continual_language.translated([("ab", "c" * 8)] * 4, 16)
+    rows = {2: short, 9: long}
+    graph, params = nnx.split(learners.Reader(model, 1, rngs=nnx.Rngs(0)))
+    seen = np.zeros(1, bool)
+
+    @jax.jit
+    @jax.grad
+    def gradient(params, row, key, scored):
+        reader = nnx.merge(graph, params)
+        scores = reader.model.read_out(reader.mix(row[:, :-1])[0])[0]
+        drawn = jax.random.categorical(key, jax.lax.stop_gradient(scores))
+        return jnp.sum(jax.nn.log_softmax(scores)[jnp.arange(15), drawn] * scored)
+
+    for count, given in rows.items():
+        assert (given.scored[:, 1:].sum(1) == count).all()
+        batch = learners.batch_of(given, seen)
+        found = rules.fisher(graph, params, batch, jax.random.key(0), "translation")
+        total = jax.tree.map(jnp.zeros_like, params)
+        for row, key in zip(given.tokens, jax.random.split(jax.random.key(0), 4), strict=True):
+            square = jax.tree.map(jnp.square, gradient(params, row[None], key, given.scored[0, 1:]))
+            total = jax.tree.map(lambda t, s, n=4 * count: t + s / n, total, square)
+        for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(total), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-7)
 
 
 def test_the_penalty_pulls_to_every_task_as_each_alone_would(model, scenario):
@@ -421,6 +474,26 @@ def test_a_model_that_copies_answers_as_the_most_alike_example_does(model, scena
     assert prompts.classes(model, known, known, WORDS, seen) == 1.0
     other = dataclasses.replace(known, labels=(known.labels + 1) % 4)
     assert prompts.classes(model, known, other, WORDS, seen) == 0.0
+
+
+def test_translations_are_copied_from_the_most_alike_example(model, monkeypatch):
+    """A stand-in writes what stands after the arrow in the line before the question."""
+
+    def copier(graph, room, count):
+        def write(params, tokens):
+            lines = [bytes(np.asarray(row).tolist()).split(b"\n") for row in tokens]
+            assert {line[-1] for line in lines} == {b"red = ", b"tall = "}
+            said = [line[-2].rpartition(b" = ")[2] + b"\n" for line in lines]
+            return np.array([list(s.ljust(count)) for s in said])
+
+        return write
+
+    monkeypatch.setattr(prompts, "_writer", copier)
+    pairs = [("red", "wamba"), ("tall", "kiluni")]
+    rows = continual_language.translated(pairs, 20)
+    assert prompts.translations(model, rows, rows) == 1.0
+    wrong = continual_language.translated([(a, "zzzz") for a, _ in pairs], 20)
+    assert prompts.translations(model, rows, wrong) == 0.0
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from nlx_experiments import continual, continual_streams, continual_table, run
 from nlx_experiments import continual_tasks as tasks
-from nlx_experiments.continual_methods import EQUAL, METHODS
+from nlx_experiments.continual_methods import CHOSEN_AS, EQUAL, METHODS
 
 
 def entry(matrices, **more):
@@ -28,21 +28,31 @@ def test_the_verdict_compares_as_it_says():
     }
     (said,) = continual_table.verdict(found)
     lines = said.splitlines()
-    assert [line.split(":")[0] for line in lines] == ["* Shown"] * 4 + ["* Not shown"]
-    assert "hope, 3 levels forget 34.7, fine-tuning 80.0" in lines[0]
-    assert "hope, 3 levels after 2 bring -5.0 (standard error 0.0) at the end, +0.0" in lines[4]
+    assert [line.split(":")[0] for line in lines] == ["* Shown"] * 5 + ["* Not shown"]
+    assert "hope, 3 levels, fine-tuning forget 34.7, 80.0" in lines[0]
+    assert "hope, 3 levels after 2 bring -5.0 (standard error 0.0) at the end, +0.0" in lines[5]
     failing = {
         0: {"hope, 3 levels": entry([of(0.86, 0.45)] * 3)},
-        1: {"ewc": entry([of(0.9, 0.7)] * 3)},
+        1: {"fine-tuning": entry([of(0.9, 0.7)] * 3)},
         2: {"fine-tuning": entry([of(0.92, 0.1)] * 3)},
-        3: {"hope, 2 levels": entry([of(0.86, 0.54)] * 3)},
+        3: {"ewc": entry([of(0.9, 0.7)] * 3)},
+        4: {"hope, 2 levels": entry([of(0.86, 0.54)] * 3)},
     }
     for n, other in failing.items():
         (told,) = continual_table.verdict(found | other)
         assert told.splitlines()[n].startswith("* Not shown"), n
     one = {name: {**e, "seeds": e["seeds"][1:2]} for name, e in found.items()}
     (told,) = continual_table.verdict(found | {"hope, 2 levels": one["hope, 2 levels"]})
-    assert len(told.splitlines()) == 3  # one pair of seeds says nothing of more levels
+    assert len(told.splitlines()) == 4  # one pair of seeds says nothing of more levels
+    (told,) = continual_table.verdict(
+        found | {"fine-tuning, rate 0.001": entry([of(0.92, 0.1)] * 3)}
+    )
+    assert told.splitlines()[5].startswith("* Not shown: hope, 3 levels, fine-tuning, rate 0.001 ")
+    alone = {name: entry([[[0.5]]] * 3) for name in found}
+    for e in alone.values():
+        for record in e["seeds"]:
+            record["stages"] = ["a"]
+    assert continual_table.verdict(alone) == []  # of one task nothing is forgotten
     assert continual_table.gained(found, "hope, 1 level", "hope, 2 levels", "final")[0] < 0.01
     assert continual_table.verdict({"fine-tuning": found["fine-tuning"]}) == []
     text = continual_table.shown(
@@ -117,7 +127,7 @@ def test_levels_by_least_squares_have_the_setting_that_three_of_them_choose():
 
     contest.cell = cell
     last = METHODS[EQUAL].grid[-1]
-    for method in ("hope, 1 level", "hope, 2 levels", EQUAL, "hope, 3 levels, one clock"):
+    for method in [*CHOSEN_AS, EQUAL]:
         assert contest.choose(method) == last
     assert set(asked) == {(EQUAL, 3)}
     assert contest.choose("fine-tuning") == METHODS["fine-tuning"].grid[0]

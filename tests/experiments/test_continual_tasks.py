@@ -141,7 +141,19 @@ def test_domains_are_those_of_this_machine_or_those_given(tmp_path, monkeypatch)
         assert set(stage.train.tokens.ravel()) == {ord(stage.name)}
         assert (stage.train.scored[:, 0] == 0).all()
         assert (stage.train.scored[:, 1:] == 1).all()
-    with pytest.raises(Refused, match="the domain a has 100 bytes to validation; it must have 200"):
+    text = b"".join(b"%04d" % n for n in range(800))  # in order, as a list of words may be
+    (tmp_path / "c").write_bytes(text)
+    (stage,) = language.domains(
+        (tmp_path / "c",), dict(train=99, validation=99, test=99), 32, generator()
+    ).stages
+    parts = [stage.train.tokens, stage.validation.tokens, stage.test.tokens]
+    assert [len(p) for p in parts] == [70, 10, 20]
+    assert sorted(row.astype(np.uint8).tobytes() for p in parts for row in p) == [
+        text[n : n + 32] for n in range(0, 3200, 32)
+    ]  # every window once, and those that are tested on stand among those trained on
+    for part in parts:
+        assert {bytes(row[:2].tolist()) < b"04" for row in part} == {True, False}
+    with pytest.raises(Refused, match="the domain a has 1000 bytes; it must have 2000 or more"):
         language.domains((tmp_path / "a",), COUNTS, 200, generator())
     with pytest.raises(Refused, match="`domains` holds a, a; no two may have the same name"):
         language.domains((tmp_path / "a", tmp_path / "x" / "a"), COUNTS, 32, generator())
@@ -208,7 +220,7 @@ def test_the_real_dictionary_is_read():
     assert len(language.dictionary(folder)) > 2000
 
 
-def test_bad_input_gets_a_sentence(tmp_path, clinc, monkeypatch):
+def test_bad_input_gets_a_sentence(tmp_path, clinc, monkeypatch, capsys):
     monkeypatch.delenv("NLX_DATA", raising=False)
     with pytest.raises(tasks.Absent, match="clinc150 needs NLX_DATA"):
         tasks.found("clinc150")
@@ -224,11 +236,12 @@ def test_bad_input_gets_a_sentence(tmp_path, clinc, monkeypatch):
     ):
         tasks.labelled_file(bad, 2, COUNTS, 32, generator())
     bad.write_text("text,label\n")
-    with pytest.raises(Refused, match="holds no line below its header"):
+    with pytest.raises(Refused, match="must hold three texts or more of some label"):
         tasks.labelled_file(bad, 2, COUNTS, 32, generator())
-    bad.write_text("text,label\none,a\n")
-    with pytest.raises(Refused, match="the class 'a' has no text in the split"):
-        tasks.labelled_file(bad, 2, COUNTS, 32, generator())
+    bad.write_text("text,label\none,a\n" + "".join(f"{n},b\n" for n in range(3)))
+    (stage,) = tasks.labelled_file(bad, 2, COUNTS, 32, generator()).stages
+    assert "1 classes of fewer than three texts are left out: a." in capsys.readouterr().out
+    assert len(stage.classes) == 1
     with pytest.raises(ValueError, match="`classes` is 0; it must be an integer >= 1"):
         tasks.labelled_file(bad, 0, COUNTS, 32, generator())
     with pytest.raises(ValueError, match="`tasks` is 0; it must be an integer >= 1"):
