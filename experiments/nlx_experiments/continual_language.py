@@ -67,7 +67,10 @@ def domains(
         kept = [part[: counts[split]] for part, split in zip(parts, SPLITS, strict=True)]
         return [foretold([text[s : s + length] for s in part], length) for part in kept]
 
-    stages = [Stage(names[n], *rows(names[n])) for n in generator.permutation(len(names))]
+    stages = []
+    for n in generator.permutation(len(names)):
+        train, validation, test = rows(names[n])
+        stages.append(Stage(names[n], train, validation, test))
     return Scenario("text", tuple(stages))
 
 

@@ -35,6 +35,7 @@ text not seen before, and the held-out text decides nothing.
 import argparse
 import dataclasses
 import hashlib
+import json
 import math
 import pathlib
 import statistics
@@ -156,6 +157,9 @@ class Tiny(Language):
 def main(options: Language) -> dict[str, Any]:
     """Runs what is not known yet; writes table, picture and numbers.
 
+    Tables keep models that are not asked for, if they were trained on the same text by the same
+    plan and no multiple choice is given.
+
     Raises:
       Refused: bad input, before anything is trained. Stopped: a signal came; what is done is kept.
     """
@@ -175,7 +179,10 @@ def main(options: Language) -> dict[str, Any]:
             cache = str(options.runs.absolute() / "compiled")
             jax.config.update("jax_compilation_cache_dir", cache)
         plan = planned(options, folder)
-        store, results, text = Store(folder), {}, ""
+        store, text = Store(folder), ""
+        told = runs.read_json(options.place / "results" / f"{options.name}.json") or {}
+        same = told.get("text") == plan.text and told.get("plan") == _plan(options, plan)
+        results = told["models"] if same and not given else {}
         for model in options.models:
             results[model] = of_model(options, model, plan, store, given)
             text = write(options, results, plan, given)
@@ -298,6 +305,12 @@ def chosen_by(
     return found
 
 
+def _plan(options: Language, plan: Plan) -> dict[str, Any]:
+    """What results say of their plan, in JSON's types."""
+    told = {**options.size._asdict(), "vocabulary": plan.vocabulary, "steps": plan.steps}
+    return json.loads(json.dumps(told))
+
+
 def _told(config: Any) -> dict[str, Any]:
     """The fields that are not their class's defaults, so that a field that is new voids no cell."""
     fields = {f.name: (getattr(config, f.name), f.default) for f in dataclasses.fields(config)}
@@ -320,7 +333,7 @@ def write(
     folder.mkdir(parents=True, exist_ok=True)
     content = {
         "environment": runs.environment(),
-        "plan": {**options.size._asdict(), "vocabulary": plan.vocabulary, "steps": plan.steps},
+        "plan": _plan(options, plan),
         "text": plan.text,
         "models": results,
     }

@@ -54,7 +54,7 @@ def state(sizes: Mapping[str, Mapping[str, int]], model: str, variants: Mapping[
 
 
 def aim(apart: Mapping[str, Difference], less: bool = False) -> str:
-    """Whether Hope is at least level with Titans, and above the linear rivals.
+    """Whether Hope is at least level with Titans in the mean, and above the linear rivals for sure.
 
     apart: rival -> how much more Hope has. less: whether less is better.
     """
@@ -62,6 +62,6 @@ def aim(apart: Mapping[str, Difference], less: bool = False) -> str:
     yes = lambda true: "yes" if true else "no"
     told = [f"above {name}: {yes(words[name] == 'ahead')}" for name in LINEAR if name in words]
     if "titans" in words:
-        level = words["titans"] in ("ahead", "level")
-        told = [f"at least level with Titans: {yes(level)}", *told]
+        level = apart["titans"].mean <= 0 if less else apart["titans"].mean >= 0
+        told = [f"at least level with Titans in the mean: {yes(level)}", *told]
     return f"The aim: {'; '.join(told)}."

@@ -54,7 +54,7 @@ def shown(
     parts = [
         "Values that are said whole, each after the right ones before it, in percent, mean of all "
         "depths and seeds (seeds' lowest to highest), the paper's of far larger models in square "
-        "brackets; bytes of the state of one row, the Transformer's after "
+        "brackets; bytes of the state of one row at the end of a chunk, the Transformer's after "
         f"{attended:,} symbols.{far}"
     ]
     for kind in found(next(iter(task["models"].values())))["right"]:

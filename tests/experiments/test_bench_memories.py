@@ -40,6 +40,22 @@ def test_decoding_takes_a_state_of_one_size(name):
     assert found.state[0] == found.state[1] > 0
 
 
+@pytest.mark.skipif(resident._trim is None, reason="this C library cannot give memory back")
+def test_what_grows_within_what_was_freed_is_seen():
+    """Blocks are of the heap, too small to be given back one by one, and one that stays at its end
+    keeps the others there."""
+    fill = lambda count: [np.ones(12_000, np.float32) for _ in range(count)]
+    before, held = resident.now(), fill(2_000)
+    stays = fill(1)
+    most = resident.now()
+    assert most > before + 80
+    del held
+    assert resident.now() < before + 20
+    held = fill(1_000)
+    assert before + 40 < resident.now() < most - 20
+    del held, stays
+
+
 def test_resident_memory_is_below_its_peak():
     assert 10 < resident.now() <= resident.peak() + 1
 

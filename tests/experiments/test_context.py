@@ -92,6 +92,7 @@ def test_hope_is_compared_seed_by_seed_beyond_the_length_trained_on():
         "* Hope against gated deltanet: +nan nats, a training diverged.",
     ]
     assert aim == (
-        "The aim: at least level with Titans: yes; above deltanet: no; above gated deltanet: no."
+        "The aim: at least level with Titans in the mean: yes; above deltanet: no; "
+        "above gated deltanet: no."
     )
     assert context.verdicts({**task, "plan": {"stages": [[0, 80]]}}) == []

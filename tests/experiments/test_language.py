@@ -74,6 +74,10 @@ def test_a_pilot_of_its_own_seed_chooses_the_rate(trainings, tmp_path):
     assert len(trainings) == done
     with pytest.raises(Refused, match="`vocabulary` is 310, but .* was begun with 300"):
         language.main(dataclasses.replace(options(tmp_path), vocabulary=310))
+    more = language.main(options(tmp_path, models=("retnet",)))
+    assert more.keys() == {"hope", "titans-lmm", "retnet"}  # the table keeps those before
+    other = options(tmp_path, models=("retnet",), vocabulary=310, runs=tmp_path / "other")
+    assert language.main(other).keys() == {"retnet"}  # those of another plan are no rivals
 
 
 def test_a_pilot_that_diverges_is_no_number_and_a_seed_says_so(trainings, tmp_path, monkeypatch):

@@ -4,6 +4,8 @@ import json
 
 import pytest
 from nlx_experiments import run
+from nlx_experiments.long_context import aim
+from nlx_experiments.paired import Difference
 
 WORDS = {
     "needle": ["S-NIAH-1:", "| transformer | 16,392 | 0 |", "needle-map.png"],
@@ -43,3 +45,17 @@ def test_bad_input_gets_a_sentence(tmp_path, capsys):
     ):
         assert run.main(["run", *argv, *given]) == 2
         assert said in capsys.readouterr().err
+
+
+def test_the_aim_is_met_in_the_mean_and_above_linear_rivals_for_sure():
+    behind, ahead = Difference(-1.0, 9.0, 2), Difference(1.0, 9.0, 2)
+    sure = Difference(1.0, 0.01, 2)
+    told = lambda titans, linear, **more: aim({"titans": titans, "deltanet": linear}, **more)
+    assert told(behind, sure) == (
+        "The aim: at least level with Titans in the mean: no; above deltanet: yes."
+    )
+    assert told(ahead, ahead) == (
+        "The aim: at least level with Titans in the mean: yes; above deltanet: no."
+    )
+    assert "in the mean: yes" in told(behind, sure, less=True)
+    assert "in the mean: no" in told(ahead, sure, less=True)
