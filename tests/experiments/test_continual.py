@@ -544,6 +544,32 @@ def test_text_after_a_prompt_is_scored_as_the_model_reads_it(model):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kind", ["text", "translation"])
+def test_language_is_learned_and_examined_by_every_way_to_learn_it(kind):
+    """Four rows are learned by heart, by the methods that can; what is written of them is right."""
+    size = dataclasses.replace(SIZE, width=32, hidden=64)
+    model = nn.LanguageModel(size.config(), rngs=nnx.Rngs(0))
+    pairs = [("ka", "red"), ("mo", "tall"), ("su", "cold"), ("ti", "fast")]
+    rows = continual_language.translated(pairs, 16)
+    if kind == "text":
+        rows = continual_language.foretold([f"{a} {b} {b}".encode() for a, b in pairs], 12)
+    stream = Scenario(kind, (Stage("t", rows, rows, rows),) * 2)
+    before = learner("fine-tuning", model, stream).examine(stream.stages[0], rows)
+    assert before < 0.4
+    for name, choice, least in (
+        ("fine-tuning", {"rate": 1e-2}, 0.9),
+        ("ewc", {"rate": 1e-2, "strength": 1.0}, 0.9),
+        ("replay", {"rate": 1e-2}, 0.9),
+        ("hope, 3 levels, adam", {"rate": 1e-2}, 0.9),
+        ("hope, 3 levels", {"rate": 64.0, "horizon": 256.0}, before),
+    ):
+        one = learner(name, model, stream, epochs=60)
+        for stage in stream.stages:
+            one.learn(stage, choice)
+        assert one.examine(stream.stages[0], rows) >= least, name
+
+
+@pytest.mark.slow
 def test_what_is_learned_is_kept_by_hope_and_lost_by_fine_tuning():
     size = dataclasses.replace(SIZE, width=32, hidden=192)
     model = nn.LanguageModel(size.config(), rngs=nnx.Rngs(0))
