@@ -8,10 +8,10 @@ shows      mean squared and mean absolute error of forecasts of 6, 12 and 24 mon
            (`forecasting_tasks.py`: a real series, and the protocol), of models that read the window
            in patches of four months, beside a linear forecaster and three rules of thumb
 takes      70 minutes of one busy core; a model that is stopped begins anew, finished ones are kept
-expects    mean squared error at 6, 12 and 24 months: Hope 0.40, 0.66, 0.76, level with Titans (0.41,
-           0.64, 0.77) and nearly all others; the linear forecaster, which is solved and not trained,
-           0.35, 0.57, 0.63: no model reaches it, which Hope was to; persistence 1.32, 1.51, 1.80,
-           last year's months 1.03, 1.04, 1.09
+expects    mean squared error at 6, 12 and 24 months: Hope 0.40, 0.66, 0.76, level with Titans
+           (0.41, 0.64, 0.77) and nearly all others; the linear forecaster, which is solved and not
+           trained, 0.35, 0.57, 0.63: no model reaches it, which Hope was to; persistence 1.32,
+           1.51, 1.80, last year's months 1.03, 1.04, 1.09
 
 A window is normalised by its own mean and deviation, forecast, and scaled back. Models have as many
 parameters as each other within 1 %; Hope's continuum memory system has three blocks that all learn
