@@ -2,6 +2,7 @@
 """nlx: models and optimizers as nested levels of memory, each on its own clock."""
 
 from nlx import inspect as inspect
+from nlx import learned as learned
 from nlx import memories as memories
 from nlx import nn as nn
 from nlx import objectives as objectives
