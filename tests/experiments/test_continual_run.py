@@ -68,7 +68,7 @@ def test_the_tiny_run_is_of_all_methods(tmp_path):
     assert run.main(["run", "continual-tiny", *folder]) == 0
     text = (tmp_path / "results" / "continual.md").read_text()
     assert all(f"| {name} |" in text for name in METHODS)
-    assert "hope, 3 levels forget" in text
+    assert "hope, 3 levels, fine-tuning forget" in text
 
 
 def test_the_tiny_run_goes_on_where_it_stopped_and_damage_is_told(tmp_path, capsys):
