@@ -49,6 +49,7 @@ def contest(tmp_path):
         yield lambda of, name="sgd": Contest("bowl", of, name, Store(opened), stop)
 
 
+@pytest.mark.slow
 def test_tiny_runs_and_goes_on(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert run.main(["run", "optimizers-tiny"]) == 0
