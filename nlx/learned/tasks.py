@@ -8,7 +8,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int, Key, PyTree
+from flax import nnx
+from jaxtyping import Array, Float, Int, Key
+
+from nlx import nn, train
 
 
 class Task(NamedTuple):
@@ -171,16 +174,14 @@ def convolution(data: Labelled, channels: int = 8, *, batch: int = 64) -> Task:
     return classification(data, init, apply, batch)
 
 
-def language(tokens: Int[Array, " n"], model: Any, *, batch: int = 4, length: int = 32) -> Task:
+def language(
+    tokens: Int[Array, " n"], model: nn.ModelConfig, *, batch: int = 4, length: int = 32
+) -> Task:
     """A language model on a stream of tokens; the last tenth is held out.
 
     tokens: integers. model: `nlx.nn.ModelConfig`. batch: windows of a step; length: tokens of one.
     Raises ValueError for a stream whose tenth is shorter than a window and its next token.
     """
-    from flax import nnx
-
-    from nlx import nn, train
-
     cut = len(tokens) - len(tokens) // 10
     if len(tokens) - cut <= length:
         raise ValueError(f"`tokens` are {len(tokens)}; they must be more than {10 * length + 10}.")
@@ -271,6 +272,3 @@ def _positive(**sizes: int) -> None:
     for name, value in sizes.items():
         if value < 1:
             raise ValueError(f"`{name}` is {value}; it must be an integer >= 1.")
-
-
-Params = PyTree[Array]

@@ -219,3 +219,15 @@ def test_bad_input_gets_a_sentence():
     ):
         with pytest.raises(ValueError, match=said):
             make()
+
+
+def test_persistent_evolution_sums_what_was_drawn_since_a_run_began():
+    """One, two and three pieces' variance, and one again."""
+    system = learned.unrolled(RULE, tasks.quadratics(2), horizon=3, truncation=1)
+    estimator = learned.pes(system, 1000, 0.1)
+    theta = RULE.init(jax.random.key(0))
+    state, step, seen = estimator.begin(theta, jax.random.key(1)), jax.jit(estimator.step), []
+    for n in range(7):
+        state, _ = step(theta, state, jax.random.key(n))
+        seen.append(np.square(state.summed["log_rate"]).mean() / 0.1**2)
+    np.testing.assert_allclose(seen, [1, 2, 3, 1, 2, 3, 1], rtol=0.25)

@@ -149,7 +149,10 @@ def test_bad_input_gets_a_sentence():
         (lambda: tasks.mlp(flat(), batch=41), r"`batch` is 41; it must be in \[1, 40\]"),
         (lambda: tasks.bandit(1), "`arms` is 1; it must be an integer >= 2"),
         (lambda: tasks.augmented(tasks.quadratics(), 0.5), "`spread` is 0.5; it must be >= 1"),
-        (lambda: tasks.language(jnp.zeros(100, int), None), "`tokens` are 100; they must be more"),
+        (
+            lambda: tasks.language(jnp.zeros(100, int), nn.preset("hope-tiny")),
+            "`tokens` are 100; they must be more",
+        ),
     ):
         with pytest.raises(ValueError, match=said):
             make()
