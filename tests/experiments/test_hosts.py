@@ -4,6 +4,7 @@
 import json
 import os
 import pathlib
+import re
 import signal
 import socket
 import subprocess
@@ -64,6 +65,11 @@ def ended(processes, timeout=400):
     return [p.returncode for p in processes], printed
 
 
+def without_figures(printed):
+    """Lines of it; logs of jax's libraries are not the same in two processes, what nlx says is."""
+    return {re.sub(r"\d+", "", line).strip() for line in printed.splitlines()} - {""}
+
+
 def losses(run):
     return [line["bits_per_byte"] for line in runs.read_lines(run / "metrics.jsonl")]
 
@@ -86,7 +92,8 @@ def test_two_processes_learn_what_one_learns(texts, alone, tmp_path):
     scores = [json.loads((r / "result.json").read_text()) for r in (alone, tmp_path / "run")]
     assert scores[0]["bits_per_byte"] == pytest.approx(scores[1]["bits_per_byte"], rel=1e-5)
     assert "bits per held-out byte" in printed[0]
-    assert all(line.startswith("[Gloo]") for line in printed[1].splitlines() if line.strip())
+    of_both = without_figures(printed[0]) & without_figures(printed[1])
+    assert not {line for line in of_both if not re.match(r"\[Gloo\]|[IWE] :", line)}, printed[1]
 
 
 def killed(texts, run, index):
