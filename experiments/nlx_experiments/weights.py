@@ -27,11 +27,17 @@ def write(path: pathlib.Path, params: PyTree[Array], header: dict[str, str]) -> 
 
 
 def read(
-    path: pathlib.Path, like: PyTree[Array], place: Callable[[Any, Any], Any] = lambda x, _: x
+    path: pathlib.Path,
+    like: PyTree[Array],
+    place: Callable[[Any, Any], Any] = lambda x, _: x,
+    *,
+    argument: str = "init_from",
+    of: str = "model",
 ) -> PyTree[Array]:
     """A tree like `like` with the numbers of a file.
 
-    place: (array, the one it is for) -> the array where that one lives.
+    place: (array, the one it is for) -> the array where that one lives. argument, of: what gave
+    the path, and what the numbers are of, for what is refused.
 
     Raises Refused: no such file, another format, names, shapes or kinds of numbers.
     """
@@ -43,19 +49,19 @@ def read(
             for name in sorted(there ^ set(wanted)):
                 what = "has no" if name in wanted else "has"
                 raise Refused(
-                    f"`init_from` is {path}, which {what} {name}; it is of another model."
+                    f"`{argument}` is {path}, which {what} {name}; it is of another {of}."
                 )
             made = []
             for name, (_, leaf) in zip(wanted, leaves, strict=True):
                 array = held.get_tensor(name)
                 if array.shape != leaf.shape or array.dtype != leaf.dtype:
                     raise Refused(
-                        f"`init_from` is {path}, in which {name} is {array.dtype}"
+                        f"`{argument}` is {path}, in which {name} is {array.dtype}"
                         f"{list(array.shape)}; it must be {leaf.dtype}{list(leaf.shape)}."
                     )
                 made.append(place(array, leaf))
     except (OSError, SafetensorError) as error:
-        raise Refused(f"`init_from` is {path}, which cannot be read ({error}).") from error
+        raise Refused(f"`{argument}` is {path}, which cannot be read ({error}).") from error
     return jax.tree.unflatten(tree, made)
 
 
