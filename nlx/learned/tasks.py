@@ -147,6 +147,8 @@ def mlp(
 def convolution(data: Labelled, channels: int = 8, *, batch: int = 64) -> Task:
     """Two layers of 3 x 3 convolutions, their mean over the image, and a linear read-out.
 
+    A convolution is the product of patches and kernel: so problems side by side are one product.
+
     data: images [n, height, width]. channels: of both layers, >= 1. batch: see `classification`.
     """
     _positive(channels=channels)
@@ -164,14 +166,18 @@ def convolution(data: Labelled, channels: int = 8, *, batch: int = 64) -> Task:
     def apply(params, images):
         x = images[..., None]
         for name in ("first", "second"):
-            x = jax.nn.relu(
-                jax.lax.conv_general_dilated(
-                    x, params[name], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
-                )
-            )
+            x = jax.nn.relu(_patches(x) @ params[name].reshape(-1, channels))
         return x.mean((1, 2)) @ params["output"] + params["bias"][None]
 
     return classification(data, init, apply, batch)
+
+
+def _patches(x: Float[Array, "b h w c"]) -> Float[Array, "b h w 9*c"]:
+    """The 3 x 3 neighbours of every place, with zeros beyond the edge."""
+    _, height, width, _ = x.shape
+    padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    near = [padded[:, i : i + height, j : j + width] for i in range(3) for j in range(3)]
+    return jnp.concatenate(near, -1)
 
 
 def language(

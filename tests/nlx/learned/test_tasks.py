@@ -66,6 +66,20 @@ def test_a_quadratic_is_the_equation():
     assert not np.array_equal(task.draw(jax.random.key(2))[0], a)
 
 
+def test_a_convolution_is_one():
+    """As jax has it, of the held-out images."""
+    held, task = images(), ALL["convolution"]()
+    params = task.init((), KEY)
+    x = held.heldout_inputs[..., None]
+    for name in ("first", "second"):
+        numbers = ("NHWC", "HWIO", "NHWC")
+        x = jax.lax.conv_general_dilated(x, params[name], (1, 1), "SAME", dimension_numbers=numbers)
+        x = jax.nn.relu(x)
+    scores = jax.nn.log_softmax(x.mean((1, 2)) @ params["output"] + params["bias"][None])
+    want = -scores[jnp.arange(20), held.heldout_labels].mean()
+    np.testing.assert_allclose(heldout(task)(params, ()), want, rtol=1e-5)
+
+
 def test_a_bandits_gradient_is_the_gradient_of_its_expected_pay():
     """The mean over many draws; a baseline among the pulls themselves takes 1 / episodes of it."""
     task = tasks.bandit(3, episodes=8)

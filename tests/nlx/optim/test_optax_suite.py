@@ -14,12 +14,13 @@ import subprocess
 import sys
 import types
 
+import jax
 import jax.numpy as jnp
 import optax
 import pytest
 
 import nlx
-from nlx import optim
+from nlx import learned, optim
 from nlx.testing import SUITE_LEARNING_RATES
 
 WHEEL = pathlib.Path(str(importlib.util.find_spec("optax").origin)).parent
@@ -53,13 +54,65 @@ def dmgd_in_soap(learning_rate: optax.ScalarOrSchedule):
     )
 
 
-FACTORIES = {name: getattr(optim, name) for name in SUITE_LEARNING_RATES} | {
+def learned_rule(rule: learned.Rule, theta):
+    """A rule with a theta, in a chain with the rate that the suite gives."""
+
+    def factory(learning_rate: optax.ScalarOrSchedule):
+        return optax.chain(
+            learned.as_transformation(rule, theta),
+            optax.scale_by_learning_rate(learning_rate, flip_sign=False),
+        )
+
+    return factory
+
+
+def nothing(rule: learned.Rule):
+    """A theta of zeros."""
+    return jax.tree.map(jnp.zeros_like, rule.init(jax.random.key(0)))
+
+
+def descending_lstm():
+    """An LSTM by hand that is gradient descent: gates that do not move, cells that barely do."""
+    rule = learned.lstm_rule(2, 1, scale=1.0, p=None)
+    theta, gain, wide = nothing(rule), 1e-3, 20.0
+    gates = jnp.array([wide, wide, -wide, -wide, wide, wide, 0, 0])  # input, forget, output, cell
+    theta["layer_0"]["bias"] = gates
+    theta["layer_0"]["input"] = theta["layer_0"]["input"].at[0, 6].set(gain)
+    theta["output"]["kernel"] = theta["output"]["kernel"].at[0, 0].set(-1 / gain)
+    return rule, theta
+
+
+def descending_mlp():
+    """An MLP by hand that goes down the first of its momenta."""
+    rule = learned.mlp_rule(2, 1, step=1.0)
+    theta, signs = nothing(rule), jnp.array([1.0, -1.0])
+    theta["layer_0"]["kernel"] = theta["layer_0"]["kernel"].at[2].set(signs)
+    theta["layer_1"]["kernel"] = theta["layer_1"]["kernel"].at[:, 0].set(signs)
+    return rule, theta
+
+
+def at_rate_one(rule: learned.Rule):
+    """A rule as its meta-training begins, but for its rate."""
+    return rule, rule.init(jax.random.key(0)) | {"log_rate": jnp.zeros(())}
+
+
+LEARNED = {
+    "lstm_rule": descending_lstm(),
+    "mlp_rule": descending_mlp(),
+    "momentum_rule": at_rate_one(learned.momentum_rule()),
+    "adam_rule": at_rate_one(learned.adam_rule()),
+    "hypergradient_rule": at_rate_one(learned.hypergradient_rule(hyper=1e-6)),
+    "dmgd_rule": at_rate_one(learned.dmgd_rule()),
+}
+FACTORIES = {name: learned_rule(*made) for name, made in LEARNED.items()}
+FACTORIES |= {name: getattr(optim, name) for name in SUITE_LEARNING_RATES} | {
     "feature_momentum": feature_momentum,
     "clocked_sgd": clocked_sgd,
     "clocked_dmgd": clocked_dmgd,
     "dmgd_in_soap": dmgd_in_soap,
 }
 RATES = SUITE_LEARNING_RATES | {"clocked_sgd": 1e-3, "clocked_dmgd": 1e-2, "dmgd_in_soap": 1e-2}
+RATES |= dict.fromkeys(LEARNED, 1e-3) | {"adam_rule": 1e-2, "dmgd_rule": 1e-2}
 VARIANTS = (
     ("dmgd", {"learning_rate": 1e-3, "precondition": False}),
     ("dmgd", {"learning_rate": 1e-2, "memory": "coordinates"}),

@@ -1,0 +1,208 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`nlx run learned`: optimizers that were learned, beside optimizers made by hand.
+
+command    nlx run learned [--only TASK ...] [--models RULE ...] [--seeds N]
+           nlx run learned-tiny: next to nothing of it, in seconds
+shows      what problems cost after 100 and 1,000 steps (`learned_tasks.py`), of six rules
+           (`nlx.learned`) that were meta-trained for 100 steps on one kind of problem, and of
+           optimizers made by hand at the best of 33 rates for that kind; on that kind and others
+"""
+
+import dataclasses
+import hashlib
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import optax
+
+from nlx import learned
+from nlx.learned import Rule
+from nlx_experiments import learned_contest as contest
+from nlx_experiments import learned_table as table
+from nlx_experiments import learned_tasks as tasks
+from nlx_experiments import report, runs, weights
+from nlx_experiments.cells import Store
+from nlx_experiments.console import StopRequest, say
+from nlx_experiments.errors import Refused, Stopped
+from nlx_experiments.learned_contest import Plan
+from nlx_experiments.sequence_experiment import PLACE, Options, compiled_hastily
+
+DMGD = learned.dmgd_rule()
+
+
+def _dmgd(rate):
+    """Deep momentum as `dmgd_rule` begins, at another rate."""
+    theta = DMGD.init(jax.random.key(0))
+    return DMGD.make(theta | {"log_rate": jax.numpy.log(rate)})
+
+
+BY_HAND = {
+    "SGD": contest.by_rate(optax.sgd),
+    "heavy ball": contest.by_rate(lambda rate: optax.sgd(rate, 0.9)),
+    "Nesterov": contest.by_rate(lambda rate: optax.sgd(rate, 0.9, nesterov=True)),
+    "Adam": contest.by_rate(optax.adam),
+    "RMSprop": contest.by_rate(optax.rmsprop),
+    "DMGD": contest.by_rate(_dmgd),
+}
+RULES: Mapping[str, Rule] = {
+    "LSTM": learned.lstm_rule(),
+    "MLP": learned.mlp_rule(step=0.1, exponent=0.1),
+    "momentum, learned": learned.momentum_rule(),
+    "Adam, learned": learned.adam_rule(),
+    "hypergradient": learned.hypergradient_rule(),
+    "DMGD, learned": DMGD,
+}
+
+
+def plan(rule: str, task: str) -> Plan:
+    """How a rule is meta-trained on a task."""
+    small = task in ("quadratics", "bandit")  # a few parameters: many runs at once
+    if rule == "LSTM":
+        pieces = {"quadratics": 5_000, "bandit": 500}.get(task, 1_500)
+        return Plan("backpropagation", 64 if small else 2, pieces, 1e-2)
+    return Plan("pes", 128 if small else 8, 1_000, 3e-2)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Learned(Options):
+    """Learned optimizers and optimizers made by hand."""
+
+    runs: pathlib.Path = pathlib.Path("runs/learned")
+    seeds: int = 3
+    """Of each meta-training."""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for fewer than one seed."""
+        if self.seeds < 1:
+            raise ValueError(f"`seeds` is {self.seeds}; it must be an integer >= 1.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tiny(Learned):
+    """Two rules, two pieces, two steps: does everything work?"""
+
+    runs: pathlib.Path = pathlib.Path("runs/learned-tiny")
+    place: pathlib.Path = pathlib.Path("runs/learned-tiny")
+    seeds: int = 1
+    tiny = True
+
+
+def main(options: Learned) -> dict[str, Any]:
+    """Runs what is not known yet; writes tables, pictures and numbers.
+
+    Raises Refused for an unknown task or rule; Stopped: a signal came, finished cells are kept.
+    """
+    exams = tasks.exams(options.tiny)
+    by_hand = {n: BY_HAND[n] for n in ("SGD", "heavy ball")} if options.tiny else BY_HAND
+    rules = {n: RULES[n] for n in ("LSTM", "DMGD, learned")} if options.tiny else RULES
+    trained_on = ("quadratics",) if options.tiny else tasks.TRAINED_ON
+    names = [*by_hand, *rules]
+    for field, known in (("only", [*exams, *trained_on]), ("models", names)):
+        for given in getattr(options, field):
+            if given not in known:
+                raise Refused(f"`{field}` holds {given!r}; it must be one of {', '.join(known)}.")
+    if options.place == PLACE and not (options.place / "README.md").exists():
+        raise Refused(
+            f"`place` is {options.place}, which holds no README.md to write the table to."
+        )
+    with runs.Run(options.runs) as folder, StopRequest() as stop, compiled_hastily(options.tiny):
+        runs.note_environment(folder, say)
+        if jax.config.jax_compilation_cache_dir is None:
+            cache = str(options.runs.absolute() / "compiled")
+            jax.config.update("jax_compilation_cache_dir", cache)
+
+        def leave() -> None:
+            if stop.received is not None:
+                raise Stopped(
+                    f"{stop.received.name}: finished cells are kept; the same command goes on.",
+                    stop.received,
+                )
+
+        wanted = []
+        for task in dict.fromkeys([*trained_on, *exams]):
+            wanted += [(task, name, 0, None) for name in by_hand]
+        for seed in range(options.seeds):
+            for task in trained_on:
+                wanted += [(task, name, seed, plan(name, task)) for name in rules]
+        if options.tiny:
+            short = lambda p: p and p._replace(runs=2, pieces=2, truncation=1, looks=1)
+            wanted = [(task, name, seed, short(p)) for task, name, seed, p in wanted]
+        cell = Cell(Store(folder), folder.folder, exams, {**by_hand, **rules}, trained_on, leave)
+        for task, name, seed, how in wanted:
+            chosen = not options.only or task in options.only
+            if chosen and (not options.models or name in options.models):
+                cell.run(task, name, seed, how)
+        path = options.place / "results" / "learned.json"
+        earlier = {r["what"]: r for r in (runs.read_json(path) or {}).get("cells", [])}
+        known = earlier | cell.store.known
+        found = [known[what] for what in map(cell.what, wanted) if what in known]
+    write(options, found, exams)
+    return {"cells": found}
+
+
+class Cell:
+    """One optimizer, set by one kind of problem, and what it makes of all."""
+
+    def __init__(
+        self,
+        store: Store,
+        folder: pathlib.Path,
+        exams: Mapping[str, tasks.Exam],
+        rules: Mapping[str, Rule],
+        trained_on: tuple[str, ...],
+        leave: Any,
+    ):
+        """What all cells share."""
+        self.store, self.folder, self.exams, self.rules = store, folder, exams, rules
+        self.trained_on, self.leave = trained_on, leave
+
+    def what(self, wanted: tuple[str, str, int, Plan | None]) -> str:
+        """What decides a cell."""
+        task, name, seed, how = wanted
+        sizes = {n: (e.count, e.objective, e.steps) for n, e in self.exams.items()}
+        told = f"{how} {sizes} {tasks.HORIZON} {contest.RATES[0]} {contest.RATES[-1]}"
+        return f"{task}; {name}; {seed}; {hashlib.sha256(told.encode()).hexdigest()[:12]}"
+
+    def run(self, task: str, name: str, seed: int, how: Plan | None) -> None:
+        """Sets the optimizer and examines it, unless that is known."""
+        what = self.what((task, name, seed, how))
+        if what in self.store.known:
+            return
+        self.leave()
+        rule = self.rules[name]
+        exam = self.exams[task] if task in self.exams else tasks.trained_on(task)
+        if how is None:
+            found = contest.tuned(rule, exam)
+            theta = {"rate": jax.numpy.float32(found["rate"])}
+        else:
+            theta, found = contest.meta_trained(rule, exam, how, seed, self.leave)
+            path = self.folder / f"{name} {task} {seed}.safetensors".replace(" ", "-")
+            weights.write(path, theta, {"rule": name, "trained_on": task})
+        reach = self.exams if task in self.trained_on else {task: exam}
+        exams = {}
+        for other, one in reach.items():
+            self.leave()
+            exams[other] = contest.examined(rule, one, theta)
+        plain = None if how is None else how._asdict()
+        cell = {"what": what, "task": task, "name": name, "seed": seed, "plan": plain}
+        self.store.add(cell | found | {"exams": exams})
+        told = exams.get(task) or next(iter(exams.values()))
+        mean = table.mean(told["costs"])
+        say(f"{task}, {name}, {seed}: {mean:.4g} after 100 steps; {found.get('seconds', '')}")
+
+
+def write(options: Learned, cells: list[dict[str, Any]], exams: Mapping[str, tasks.Exam]) -> None:
+    """Numbers, pictures and text of what is finished."""
+    folder = options.place / "results"
+    folder.mkdir(parents=True, exist_ok=True)
+    runs.write_json(folder / "learned.json", {"environment": runs.environment(), "cells": cells})
+    if not cells:
+        return
+    table.plot(folder / "learned.png", cells, exams)
+    text = table.shown(cells, exams)
+    runs.write_whole(folder / "learned.md", text + "\n")
+    if options.place == PLACE:
+        report.place(options.place / "README.md", "learned", text)
+    say(f"\n{text}")

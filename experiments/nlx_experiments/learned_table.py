@@ -1,0 +1,214 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tables, verdicts and pictures of `nlx run learned`."""
+
+import math
+import pathlib
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+
+from nlx_experiments import paired, report
+from nlx_experiments.learned_tasks import HORIZON, Exam
+
+Cells = Sequence[Mapping[str, Any]]
+LEARNED_HERE = ("quadratics", "digits")  # whose contests have tables of their own
+HELD_OUT = ("logistic", "digits, ReLU", "convolution", "transformer")  # of who trains on digits
+COUNTERPARTS = {"DMGD, learned": "DMGD", "Adam, learned": "Adam", "momentum, learned": "heavy ball"}
+
+
+def mean(costs: Sequence[float | None]) -> float:
+    """Infinity where a run diverged."""
+    return math.inf if None in costs else statistics.fmean(c for c in costs if c is not None)
+
+
+def shown(cells: Cells, exams: Mapping[str, Exam]) -> str:
+    """All tables and verdicts of what is known."""
+    parts = []
+    for task in LEARNED_HERE:
+        if found := _of(cells, task):
+            parts += contest(task, found, exams[task])
+    parts += matrix(cells, exams)
+    parts += transfer(cells)
+    parts.append(f"![costs against steps; rules saw runs of {HORIZON}](results/learned.png)")
+    parts += grids(cells)
+    return "\n\n".join(parts)
+
+
+def contest(task: str, found: Mapping[str, Cells], exam: Exam) -> list[str]:
+    """Everyone that was set by a kind of problem, on that kind, and whether the LSTM is ahead."""
+    rows = []
+    for name, cells in found.items():
+        of = [cell["exams"][task] for cell in cells]
+        means = [mean(one["costs"]) for one in of]
+        last = [math.inf if one["curve"][-1] is None else one["curve"][-1] for one in of]
+        rows.append((name, _setting(cells[0]), _spread(means), _spread(last)))
+    columns = ("optimizer", "set to", f"after {HORIZON} steps", f"after {exam.steps:,}")
+    told = [
+        f"**{task}**: {exam.count} problems that chose nothing, {exam.unit}, mean (of seeds: "
+        "lowest to highest):",
+        report.Table("", columns, rows).markdown(),
+    ]
+    if "LSTM" in found and (said := ahead(task, found["LSTM"], found, HAND)):
+        told.append("LSTM less others, problem by problem: " + "; ".join(said) + ".")
+    return told
+
+
+HAND = ("SGD", "heavy ball", "Nesterov", "Adam", "RMSprop", "DMGD")
+
+
+def ahead(task: str, ours: Cells, found: Mapping[str, Cells], rivals: Sequence[str]) -> list[str]:
+    """Ours less each rival's costs on the problems of a task."""
+    said = []
+    for rival in rivals:
+        if rival in found:
+            less = difference(task, ours, found[rival])
+            said.append(f"{rival} {less.told(4, '', less=True)}")
+    return said
+
+
+def difference(task: str, ours: Cells, theirs: Cells) -> paired.Difference:
+    """Ours, of every seed, less the mean of theirs on the same problems."""
+    of = lambda cells: np.array([cell["exams"][task]["costs"] for cell in cells], float)
+    return paired.by_seed_and_row([of(ours) - of(theirs).mean(0, keepdims=True)])
+
+
+def matrix(cells: Cells, exams: Mapping[str, Exam]) -> list[str]:
+    """What everyone makes of every kind of problem, by what it was set by."""
+    rows: list[tuple] = []
+    best = ["*best by hand, set by the kind itself*", ""]
+    for task in exams:
+        found = [
+            (mean(c["exams"][task]["costs"]), c["name"])
+            for c in cells
+            if c["plan"] is None and c["task"] == task
+        ]
+        best.append("" if not found else f"{min(found)[0]:.3g} ({min(found)[1]})")
+    rows.append(tuple(best))
+    for task in dict.fromkeys(cell["task"] for cell in cells):
+        for name, found in _of(cells, task).items():
+            if len(found[0]["exams"]) < len(exams):
+                continue  # set by a kind that no rule is trained on
+            means = [statistics.fmean(mean(c["exams"][t]["costs"]) for c in found) for t in exams]
+            rows.append(
+                (name, task, *(f"{m:.3g}" if math.isfinite(m) else "diverges" for m in means))
+            )
+    told = (
+        f"Cost after {HORIZON} steps on every kind of problem, by what meta-training or the choice "
+        "of the rate saw; mean of problems and seeds. `digits, held out` and `bandit` are costs on "
+        "what steps don't see, the others those of the next batch:"
+    )
+    return [told, report.Table("", ("optimizer", "set by", *exams), rows).markdown()]
+
+
+def transfer(cells: Cells) -> list[str]:
+    """Learned numbers against the same optimizer by hand, on kinds that neither was set by."""
+    rows = []
+    for task in ("digits", "digits, scaled"):
+        found = _of(cells, task)
+        for ours, theirs in COUNTERPARTS.items():
+            if ours not in found or theirs not in found:
+                continue
+            told = [_against(t, found[ours], found[theirs]) for t in HELD_OUT]
+            rows.append((ours, task, *told))
+    if not rows:
+        return []
+    return [
+        "What was learned less the same optimizer by hand, whose rate alone was chosen on the same "
+        "problems, on kinds that neither was set by; less is better:",
+        report.Table("", ("optimizer", "set by", *HELD_OUT), rows).markdown(),
+    ]
+
+
+def _against(task: str, ours: Cells, theirs: Cells) -> str:
+    of = lambda cells: [mean(cell["exams"][task]["costs"]) for cell in cells]
+    if not all(map(math.isfinite, of(ours))):
+        return "learned one diverges"
+    if not all(map(math.isfinite, of(theirs))):
+        return "one by hand diverges"
+    return difference(task, ours, theirs).told(3, "", less=True)
+
+
+def grids(cells: Cells) -> list[str]:
+    """Rates that were chosen, and what meta-training took."""
+    rates, trainings = [], []
+    for cell in cells:
+        if cell["plan"] is None:
+            edge = "on the grid's edge" if cell["edge"] else ""
+            rates.append((cell["task"], cell["name"], f"{cell['rate']:.3g}", edge))
+        else:
+            looks = [x for x in cell["looks"] if x is not None]
+            trainings.append(
+                (
+                    cell["task"], cell["name"], cell["seed"], cell["plan"]["estimator"],
+                    f"{cell['seconds']:.0f}", cell["pieces"], cell["plan"]["pieces"],
+                    f"{looks[0]:.3g}" if cell["looks"][0] is not None else "diverges",
+                    f"{min(looks):.3g}",
+                )
+            )  # fmt: skip
+    parts = []
+    if trainings:
+        columns = (
+            "kind", "rule", "seed", "estimator", "seconds", "best after", "of pieces", "before",
+            "best",
+        )  # fmt: skip
+        told = "Meta-training; costs of the problems that choose theta:"
+        parts += [told, report.Table("", columns, trainings).markdown()]
+    if rates:
+        told = "Rates of optimizers made by hand, the best of the grid:"
+        parts += [told, report.Table("", ("kind", "optimizer", "rate", ""), rates).markdown()]
+    return parts
+
+
+def plot(path: pathlib.Path, cells: Cells, exams: Mapping[str, Exam]) -> None:
+    """Costs against steps, to ten times those that rules were trained for."""
+    wanted = [("quadratics", "quadratics"), ("digits", "digits"), ("digits", "digits, ReLU")]
+    panels = [(a, b) for a, b in wanted if b in exams and _of(cells, a)]
+    if "bandit" in exams and _of(cells, "bandit"):
+        panels.append(("bandit", "bandit"))
+    size = (5.2 * max(1, len(panels)), 4.2)
+    figure, grid = plt.subplots(
+        1, max(1, len(panels)), figsize=size, layout="constrained", squeeze=False
+    )
+    for axes, (task, other) in zip(grid.flat, panels, strict=False):
+        for place, (name, found) in enumerate(_of(cells, task).items()):
+            by_hand = found[0]["plan"] is None
+            colour = report.COLOURS[place % len(report.COLOURS)]
+            for n, cell in enumerate(found):
+                one = cell["exams"][other]
+                y = np.array([np.nan if v is None else v for v in one["curve"]], float)
+                axes.plot(
+                    one["at"], y, "--" if by_hand else "-", color=colour, linewidth=1.2,
+                    alpha=1 if n == 0 else 0.4, label=name if n == 0 else None,
+                )  # fmt: skip
+        axes.axvline(HORIZON, color="#888888", linestyle=":", linewidth=1)
+        title = other if task == other else f"{other}; set by {task}"
+        axes.set(title=title, xlabel="steps", xscale="log", yscale="log", ylabel=exams[other].unit)
+    if panels:
+        grid.flat[0].legend(frameon=False, fontsize=7)
+    report.save(figure, path)
+
+
+def _of(cells: Cells, task: str) -> dict[str, Cells]:
+    """Name -> the cells of its seeds, of those set by a kind of problem."""
+    found: dict[str, Any] = {}
+    for cell in cells:
+        if cell["task"] == task:
+            found.setdefault(cell["name"], []).append(cell)
+    return found
+
+
+def _setting(cell: Mapping[str, Any]) -> str:
+    if cell["plan"] is None:
+        return f"rate {cell['rate']:.3g}" + (", on the edge" if cell["edge"] else "")
+    plan = cell["plan"]
+    return f"{plan['estimator']}, {plan['pieces']:,} pieces"
+
+
+def _spread(values: Sequence[float]) -> str:
+    told = lambda x: f"{x:.4g}" if math.isfinite(x) else "diverges"
+    if len(values) == 1:
+        return told(values[0])
+    return f"{told(statistics.fmean(values))} ({told(min(values))} to {told(max(values))})"
