@@ -121,8 +121,10 @@ def verdict(found: Mapping[str, Any]) -> list[str]:
         named = f"{three}, {method}"
         told = lambda what, m=method: f"{100 * mean(three, what):.1f}, {100 * mean(m, what):.1f}"
         half, near = mean(method, "forgetting") / 2, mean(method, "learned") - 0.05
+        if half > 0:  # else there is nothing to halve
+            kept = mean(three, "forgetting") <= half
+            lines.append((kept, f"{named} forget {told('forgetting')}"))
         lines += [
-            (mean(three, "forgetting") <= half, f"{named} forget {told('forgetting')}"),
             (mean(three, "final") > mean(method, "final"), f"{named} end at {told('final')}"),
             (mean(three, "learned") >= near, f"{named} just after each task {told('learned')}"),
         ]

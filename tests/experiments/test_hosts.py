@@ -43,6 +43,7 @@ def begin(texts, run, devices, *flags):
     environment = os.environ | {
         "XLA_FLAGS": os.environ["XLA_FLAGS"] + f" --xla_force_host_platform_device_count={devices}",
         "JAX_PLATFORMS": "cpu",
+        "TF_CPP_MIN_LOG_LEVEL": "3",  # XLA's alarms, on a busy machine, are not what is tested
         "JAX_COMPILATION_CACHE_DIR": str(run.parent / "compiled"),
     }
     pipe = subprocess.PIPE
@@ -66,7 +67,7 @@ def ended(processes, timeout=400):
 
 
 def without_figures(printed):
-    """Lines of it; logs of jax's libraries are not the same in two processes, what nlx says is."""
+    """Lines of it."""
     return {re.sub(r"\d+", "", line).strip() for line in printed.splitlines()} - {""}
 
 
@@ -93,7 +94,7 @@ def test_two_processes_learn_what_one_learns(texts, alone, tmp_path):
     assert scores[0]["bits_per_byte"] == pytest.approx(scores[1]["bits_per_byte"], rel=1e-5)
     assert "bits per held-out byte" in printed[0]
     of_both = without_figures(printed[0]) & without_figures(printed[1])
-    assert not {line for line in of_both if not re.match(r"\[Gloo\]|[IWE] :", line)}, printed[1]
+    assert not {line for line in of_both if not line.startswith("[Gloo]")}, printed[1]
 
 
 def killed(texts, run, index):
