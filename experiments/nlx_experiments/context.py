@@ -2,6 +2,8 @@
 """`nlx run context`: what more and more context is worth to a model of text.
 
 command    nlx run context [--models MODEL ...] [--data PATH ...]
+           nlx run context-longer: windows of 512 bytes, half as many at a step, one rate: what of
+           the curves is owed to the length trained on?
            nlx run context-tiny: next to nothing of it, in seconds; context-gpu: windows of 2,048
            bytes, examined to 32,768, models of width 256, for a GPU
 shows      perplexity of a byte against how many came before it, in windows far longer than those
@@ -59,6 +61,13 @@ class Context(Options):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Longer(Context):
+    """Trained on windows of 512 bytes: what is owed to the length trained on?"""
+
+    runs: pathlib.Path = pathlib.Path("runs/context-longer")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Gpu(Context):
     """Windows of 2,048 bytes, examined to 32,768: for a GPU."""
 
@@ -94,6 +103,7 @@ FULL = Size(
     width=64, layers=2, parameters=130_000, length=256, steps=1_000, rates=(3e-3, 1e-2),
     rows=8, checked=64, examined=4_096, windows=32, piece=256,
 )  # fmt: skip
+LONGER = FULL._replace(length=512, rows=4, rates=(1e-2,))
 OF_GPU = Size(
     width=256, layers=4, parameters=5_000_000, length=2_048, steps=20_000, rates=(1e-3, 3e-3),
     rows=8, checked=16, examined=32_768, windows=8, piece=1_024,
@@ -107,8 +117,13 @@ TINY = FULL._replace(
 def main(options: Context) -> dict[str, Any]:
     """Runs what is not known yet; writes table, picture and numbers."""
     given = texts(options.data)
-    gpu, small = isinstance(options, Gpu), isinstance(options, Tiny)
-    name, size = "context-gpu" if gpu else "context", OF_GPU if gpu else TINY if small else FULL
+    name, size, small = "context", FULL, isinstance(options, Tiny)
+    if isinstance(options, Longer):
+        name, size = "context-longer", LONGER
+    if isinstance(options, Gpu):
+        name, size = "context-gpu", OF_GPU
+    if small:
+        size = TINY
     rows = tiny(given) if small else full(size, given)
     text = functools.partial(
         shown,

@@ -112,6 +112,7 @@ def experiment(argv: list[str]) -> None:
         "babilong-tiny": (babilong.Tiny, babilong.main),
         "context": (context.Context, context.main),
         "context-gpu": (context.Gpu, context.main),
+        "context-longer": (context.Longer, context.main),
         "context-tiny": (context.Tiny, context.main),
         "continual": (continual.Continual, continual.main),
         "continual-gpu": (continual.Gpu, continual.main),
