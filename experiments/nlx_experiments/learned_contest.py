@@ -27,7 +27,8 @@ class Plan(NamedTuple):
 
     estimator: what finds gradients. runs: side by side, for PES in as many pairs. pieces: in all.
     rate: the outer one, of Adam, falling by a cosine to a hundredth. sigma: of PES. truncation:
-    steps of a piece, of HORIZON. looks: at the problems that choose theta, evenly spaced.
+    steps of a piece, of HORIZON. looks: at the problems that choose theta, evenly spaced. most:
+    what a step costs at most, see `nlx.learned.unrolled`.
     """
 
     estimator: Literal["backpropagation", "pes"]
@@ -37,6 +38,7 @@ class Plan(NamedTuple):
     sigma: float = 0.01
     truncation: int = 20
     looks: int = 20
+    most: float | None = None
 
 
 def by_rate(make: Callable[[Any], optax.GradientTransformation]) -> Rule:
@@ -101,7 +103,7 @@ def meta_trained(
     exam = chosen(exam)
     system = learned.unrolled(
         rule, exam.task, horizon=plan.truncation * max(1, exam.steps // plan.truncation),
-        truncation=plan.truncation, objective=exam.objective,
+        truncation=plan.truncation, objective=exam.objective, most=plan.most,
     )  # fmt: skip
     estimator = learned.backpropagation(system, plan.runs)
     if plan.estimator == "pes":

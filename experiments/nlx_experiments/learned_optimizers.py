@@ -62,7 +62,8 @@ def plan(rule: str, task: str) -> Plan:
     if rule == "LSTM":
         pieces = {"quadratics": 5_000, "bandit": 500}.get(task, 1_500)
         return Plan("backpropagation", 64 if small else 2, pieces, 1e-2)
-    return Plan("pes", 128 if small else 8, 1_000, 3e-2)
+    most = 300.0 if task == "quadratics" else 10.0  # some three times what runs cost at first
+    return Plan("pes", 128 if small else 8, 1_000, 3e-2, sigma=0.03, most=most)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -83,12 +83,17 @@ def unrolled(
     truncation: int,
     objective: Literal["training", "held-out"] = "training",
     second_order: bool = False,
+    most: float | None = None,
 ) -> Unrolled:
     """Runs of a rule on a task, of `horizon` steps in pieces of `truncation`.
 
     A piece costs the mean of its steps.
     objective, second_order: see `train`; without second order as Andrychowicz et al. (2016) do.
-    Raises ValueError for steps < 1, a horizon that isn't whole pieces, or held-out loss of none.
+    most: what a step costs that costs more, or no number: a run that diverges then tells `es` and
+    `pes` to keep away, where no number would spoil theta for good. It has no slope for
+    `backpropagation`. None: costs are as they are.
+    Raises ValueError for steps < 1, a horizon that isn't whole pieces, held-out loss of none, or a
+    `most` that is no number.
     """
     for name, value in (("horizon", horizon), ("truncation", truncation)):
         if value < 1:
@@ -102,10 +107,15 @@ def unrolled(
     if objective == "held-out" and task.heldout is None:
         raise ValueError('`objective` is "held-out", of which the task has none; take "training".')
 
+    if most is not None and not jnp.isfinite(most):
+        raise ValueError(f"`most` is {most}; it must be a finite number, or None.")
+
     def advance(theta, trained):
         trained, costs = train(
             rule, task, theta, trained, truncation, objective=objective, second_order=second_order
         )
+        if most is not None:
+            costs = jnp.where(costs < most, costs, most)  # also where it is no number
         return trained, costs.mean()
 
     begin = lambda theta, key: start(rule, task, theta, key)

@@ -198,6 +198,30 @@ def test_meta_training_lowers_what_runs_cost():
         assert -6 < float(state.level.params["log_rate"]) < -2
 
 
+def test_a_run_that_diverges_costs_the_most_and_spoils_nothing():
+    """Rates from too large to far too large: only by what they cost is it known to turn back."""
+    task = tasks.quadratics(4)
+    make = lambda most: learned.unrolled(RULE, task, horizon=60, truncation=20, most=most)
+    theta = RULE.init(jax.random.key(0)) | {"log_rate": jnp.log(3.0)}
+    advance = lambda system: system.advance(theta, system.begin(theta, jax.random.key(1)))[1]
+    assert not advance(make(None)) < 1e6
+    capped = make(100.0)
+    assert advance(capped) <= 100
+    runs = capped.begin(theta, jax.random.key(1))
+    for _ in range(3):
+        runs, cost = capped.advance(theta, runs)
+    assert cost == 100  # no number any more
+    level = learned.meta_level(RULE, optax.adam(0.1))
+    first = theta | {"log_rate": jnp.log(0.15)}  # some runs diverge, some do not
+    after = {}
+    for most in (None, 100.0):
+        estimator = learned.pes(make(most), 64, 0.1)
+        state, _ = learned.meta_train(level, estimator, jax.random.key(0), 60, theta=first)
+        after[most] = float(state.level.params["log_rate"])
+    assert not np.isfinite(after[None])
+    assert after[100.0] < np.log(0.1)
+
+
 def test_bad_input_gets_a_sentence():
     task, none = tasks.quadratics(3), cast(Any, None)
     of = lambda **more: learned.unrolled(
