@@ -149,6 +149,11 @@ def by_tokens(x: Float[Array, "b t d"], channels: str | None = None) -> Float[Ar
     return _split(x, ROWS, TOKENS, () if entry is None else (entry,))
 
 
+def by_rows(state: PyTree[Array]) -> PyTree[Array]:
+    """A state, its rows split over the mesh in context, as `state_shardings` places them."""
+    return jax.tree.map(lambda leaf: _split(leaf, ROWS), state)
+
+
 def by_heads(x: Float[Array, "b t h *d"]) -> Float[Array, "b t h *d"]:
     """x, rows and heads split over the mesh in context, every token of a row and head together."""
     return _split(x, ROWS, (), HEADS)

@@ -23,7 +23,7 @@ from nlx.nn.linear import Embedding, Linear
 from nlx.nn.mixer import make_mixer
 from nlx.nn.norm import RMSNorm
 from nlx.nn.presets import MixerName, ModelConfig
-from nlx.parallel import by_tokens
+from nlx.parallel import by_rows, by_tokens
 from nlx.train import language_model_loss
 from nlx.writes import Write
 
@@ -127,7 +127,7 @@ class LanguageModel(nnx.Module):
             for graph, own, block_state in zip(graphs, *pattern, strict=True):
                 x, block_state = nnx.merge(graph, own)(x, block_state, segment_ids)
                 x = by_tokens(x)
-                after.append(block_state)
+                after.append(by_rows(block_state))
             return x, after
 
         if self.config.remat:
