@@ -16,26 +16,34 @@ from typing import Any
 
 import jax
 import optax
+from jaxtyping import Array, PyTree
 
-from nlx import learned
+from nlx import learned, optim
 from nlx.learned import Rule
 from nlx_experiments import learned_contest as contest
 from nlx_experiments import learned_table as table
 from nlx_experiments import learned_tasks as tasks
-from nlx_experiments import report, runs, weights
+from nlx_experiments import report, runs
 from nlx_experiments.cells import Store
 from nlx_experiments.console import StopRequest, say
 from nlx_experiments.errors import Refused, Stopped
 from nlx_experiments.learned_contest import Plan
 from nlx_experiments.sequence_experiment import PLACE, Options, compiled_hastily
 
+PROTOCOL = 1  # counts changes of what is measured here: cells of another one are not used
 DMGD = learned.dmgd_rule()
+_FIRST = DMGD.init(jax.random.key(0))
 
 
-def _dmgd(rate):
+def _coordinates(rate):
     """Deep momentum as `dmgd_rule` begins, at another rate."""
-    theta = DMGD.init(jax.random.key(0))
-    return DMGD.make(theta | {"log_rate": jax.numpy.log(rate)})
+    return DMGD.make(_FIRST | {"log_rate": jax.numpy.log(rate)})
+
+
+def _of_two() -> Rule:
+    """Deep momentum of which rate and decay alone are learned: what is the rest worth?"""
+    two = ("log_rate", "decay_logit")
+    return Rule(lambda key: {n: _FIRST[n] for n in two}, lambda theta: DMGD.make(_FIRST | theta))
 
 
 BY_HAND = {
@@ -44,7 +52,8 @@ BY_HAND = {
     "Nesterov": contest.by_rate(lambda rate: optax.sgd(rate, 0.9, nesterov=True)),
     "Adam": contest.by_rate(optax.adam),
     "RMSprop": contest.by_rate(optax.rmsprop),
-    "DMGD": contest.by_rate(_dmgd),
+    "DMGD": contest.by_rate(optim.dmgd),
+    "DMGD, coordinates": contest.by_rate(_coordinates),
 }
 RULES: Mapping[str, Rule] = {
     "LSTM": learned.lstm_rule(),
@@ -53,6 +62,7 @@ RULES: Mapping[str, Rule] = {
     "Adam, learned": learned.adam_rule(),
     "hypergradient": learned.hypergradient_rule(),
     "DMGD, learned": DMGD,
+    "DMGD, rate and decay learned": _of_two(),
 }
 
 
@@ -134,13 +144,16 @@ def main(options: Learned) -> dict[str, Any]:
         for task, name, seed, how in wanted:
             chosen = not options.only or task in options.only
             if chosen and (not options.models or name in options.models):
-                cell.run(task, name, seed, how)
+                cell.run((task, name, seed, how))
         path = options.place / "results" / "learned.json"
         earlier = {r["what"]: r for r in (runs.read_json(path) or {}).get("cells", [])}
         known = earlier | cell.store.known
         found = [known[what] for what in map(cell.what, wanted) if what in known]
     write(options, found, exams)
     return {"cells": found}
+
+
+Wanted = tuple[str, str, int, Plan | None]  # set by, name, seed, how it is meta-trained
 
 
 class Cell:
@@ -159,39 +172,66 @@ class Cell:
         self.store, self.folder, self.exams, self.rules = store, folder, exams, rules
         self.trained_on, self.leave = trained_on, leave
 
-    def what(self, wanted: tuple[str, str, int, Plan | None]) -> str:
+    def what(self, wanted: Wanted) -> str:
         """What decides a cell."""
         task, name, seed, how = wanted
-        sizes = {n: (e.count, e.objective, e.steps) for n, e in self.exams.items()}
-        told = f"{how} {sizes} {tasks.HORIZON} {contest.RATES[0]} {contest.RATES[-1]}"
-        return f"{task}; {name}; {seed}; {hashlib.sha256(told.encode()).hexdigest()[:12]}"
+        sizes = {n: tuple(e._replace(task=None)) for n, e in self.exams.items()}
+        return f"{self.setting(wanted)}; {_digest(f'{sizes} {contest.REPORTED} {contest.FIRST}')}"
 
-    def run(self, task: str, name: str, seed: int, how: Plan | None) -> None:
+    def setting(self, wanted: Wanted) -> str:
+        """What decides how an optimizer is set."""
+        task, name, seed, how = wanted
+        of = self.exam(task)
+        told = f"{PROTOCOL} {how} {of.objective} {of.steps} {of.choosing}"
+        told += f" {contest.RATES}" * (how is None)
+        return f"{task}; {name}; {seed}; {_digest(told)}"
+
+    def exam(self, task: str) -> tasks.Exam:
+        """The problems of a kind that is trained on or examined."""
+        return self.exams[task] if task in self.exams else tasks.trained_on(task)
+
+    def run(self, wanted: Wanted) -> None:
         """Sets the optimizer and examines it, unless that is known."""
-        what = self.what((task, name, seed, how))
-        if what in self.store.known:
+        task, name, seed, how = wanted
+        if self.what(wanted) in self.store.known:
             return
         self.leave()
-        rule = self.rules[name]
-        exam = self.exams[task] if task in self.exams else tasks.trained_on(task)
+        rule, exam = self.rules[name], self.exam(task)
         if how is None:
             found = contest.tuned(rule, exam)
             theta = {"rate": jax.numpy.float32(found["rate"])}
         else:
-            theta, found = contest.meta_trained(rule, exam, how, seed, self.leave)
-            path = self.folder / f"{name} {task} {seed}.safetensors".replace(" ", "-")
-            weights.write(path, theta, {"rule": name, "trained_on": task})
+            theta, found = self.meta_trained(wanted, rule, exam)
         reach = self.exams if task in self.trained_on else {task: exam}
         exams = {}
         for other, one in reach.items():
             self.leave()
             exams[other] = contest.examined(rule, one, theta)
         plain = None if how is None else how._asdict()
-        cell = {"what": what, "task": task, "name": name, "seed": seed, "plan": plain}
+        cell = {"what": self.what(wanted), "task": task, "name": name, "seed": seed, "plan": plain}
         self.store.add(cell | found | {"exams": exams})
-        told = exams.get(task) or next(iter(exams.values()))
-        mean = table.mean(told["costs"])
-        say(f"{task}, {name}, {seed}: {mean:.4g} after 100 steps; {found.get('seconds', '')}")
+        told = ", ".join(f"{n} {table.mean(e['costs']):.3g}" for n, e in exams.items())
+        say(f"{name}, set by {task}, {seed}: {told}; {found.get('seconds', 0)} s")
+
+    def meta_trained(
+        self, wanted: Wanted, rule: Rule, exam: tasks.Exam
+    ) -> tuple[PyTree[Array], dict[str, Any]]:
+        """From its file where it is there; else it is trained, and written."""
+        task, name, seed, how = wanted
+        assert how is not None
+        stem = f"{name} {task} {seed} {_digest(self.setting(wanted))}".replace(" ", "-")
+        path = self.folder / f"{stem}.safetensors"
+        if path.exists():
+            return contest.restored(path, rule.init(jax.random.key(0)))
+        under_way = path.with_name(f"under-way-{path.name}")
+        theta, found = contest.meta_trained(rule, exam, how, seed, self.leave, under_way)
+        contest.kept(path, theta, found)
+        under_way.unlink(missing_ok=True)
+        return theta, found
+
+
+def _digest(told: str) -> str:
+    return hashlib.sha256(told.encode()).hexdigest()[:12]
 
 
 def write(options: Learned, cells: list[dict[str, Any]], exams: Mapping[str, tasks.Exam]) -> None:

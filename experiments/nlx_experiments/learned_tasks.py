@@ -22,14 +22,17 @@ LONGER = 1_000
 class Exam(NamedTuple):
     """What an optimizer is examined on.
 
-    task: of the problems, `count` of them. objective: what curves are of, see `nlx.learned.train`.
-    steps: of a run. unit: of what is measured.
+    task: of the problems. choosing: how many choose a rate or a theta. count: how many are reported
+    on. objective: what curves are of, see `nlx.learned.train`. steps: of a run. longer: of the
+    first problems that are reported on, to see how curves go on. unit: of what is measured.
     """
 
     task: Task
+    choosing: int
     count: int
     objective: Literal["training", "held-out"] = "training"
     steps: int = HORIZON
+    longer: int = HORIZON
     unit: str = "nats"
 
 
@@ -72,21 +75,20 @@ TRAINED_ON = ("quadratics", DIGITS, "digits, scaled", "bandit")
 @functools.cache
 def exams(tiny: bool = False) -> Mapping[str, Exam]:
     """All that optimizers are examined on, by name."""
-    longer = 4 if tiny else LONGER
-    short = 2 if tiny else HORIZON
-    size = (lambda count: 2) if tiny else (lambda count: count)
+    mlp, relu = tasks.mlp(digits()), tasks.mlp(digits(), activation=jax.nn.relu)
     made = {
-        "quadratics": Exam(tasks.quadratics(10), size(128), steps=longer, unit="|Aw - y|^2"),
-        "logistic": Exam(tasks.logistic(), size(64), steps=short),
-        DIGITS: Exam(tasks.mlp(digits()), size(32), steps=longer),
-        "digits, ReLU": Exam(tasks.mlp(digits(), activation=jax.nn.relu), size(32), steps=longer),
-        "digits, held out": Exam(tasks.mlp(digits()), size(32), "held-out", short),
-        "convolution": Exam(tasks.convolution(_images()), size(16), steps=short),
-        "transformer": Exam(_transformer(), size(8), steps=short),
-        "bandit": Exam(tasks.bandit(), size(128), "held-out", short, "regret"),
+        "quadratics": Exam(tasks.quadratics(10), 128, 128, longer=LONGER, unit="|Aw - y|^2"),
+        "logistic": Exam(tasks.logistic(), 64, 128),
+        DIGITS: Exam(mlp, 32, 128, longer=LONGER),
+        "digits, ReLU": Exam(relu, 32, 128, longer=LONGER),
+        "digits, held out": Exam(mlp, 32, 128, "held-out"),
+        "convolution": Exam(tasks.convolution(_images()), 16, 32),
+        "transformer": Exam(_transformer(), 8, 32),
+        "bandit": Exam(tasks.bandit(), 128, 128, "held-out", unit="regret"),
     }
     if tiny:
-        return {name: made[name] for name in ("quadratics", "bandit")}
+        few = dict(choosing=2, count=2, steps=2, longer=4)
+        return {name: made[name]._replace(**few) for name in ("quadratics", "bandit")}
     return made
 
 

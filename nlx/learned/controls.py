@@ -106,12 +106,12 @@ def dmgd_rule(
     `nlx.optim.scale_by_deep_momentum(memory="coordinates")`: one map R -> R for each leaf, an MLP
     that learns to foretell the next gradient while the optimizer runs. All leaves begin with the
     one memory of theta: an optimizer that is a nested system of three levels, its averages, its
-    memory, and where that begins.
+    memory, and where that begins. A leaf of one number, which has nothing to foretell, has none.
 
     rate, inner_lr: > 0. retention, decay: in (0, 1). hidden: units of the memory, >= 1. All but the
     last are where learning begins. precondition: as in `nlx.optim.dmgd`.
     theta is {"log_rate", "log_inner_lr", "retention_logit", "decay_logit", "memory"}, the last of
-    {"layer_0": [1, h], "layer_1": [h, 1]}.
+    {"layer_0": [1, h], "layer_1": [h, 1]}; the rule raises ValueError for one of another size.
     Source: Behrouz et al. (2025), Nested Learning, eqs. 47, 50; for learned initial states section
     1.4's transfer by initialisation.
     """
@@ -125,7 +125,11 @@ def dmgd_rule(
         "memory": {f"layer_{n}": weights for n, weights in enumerate(first_of_all.phi)},
     }
 
+    shapes = jax.tree.map(jnp.shape, start["memory"])
+
     def make(theta):
+        if (given := jax.tree.map(jnp.shape, theta["memory"])) != shapes:
+            raise ValueError(f"`theta` has a memory of {given}; it must be of {shapes}.")
         deep = optim.scale_by_deep_momentum(
             jax.nn.sigmoid(theta["decay_logit"]),
             memory="coordinates",

@@ -33,6 +33,7 @@ class Several(NamedTuple):
     """Runs side by side, all at the same piece."""
 
     runs: Any  # states, a leading axis of runs
+    keys: Key[Array, " n"]  # that the first ones begin with
     piece: Int[Array, ""]  # how many are behind them
 
 
@@ -55,14 +56,14 @@ def backpropagation(system: Unrolled, runs: int) -> Estimator:
 
     def begin(theta, key):
         keys = jax.random.split(key, runs)
-        return Several(jax.vmap(lambda k: system.begin(theta, k))(keys), jnp.int32(0))
+        return Several(jax.vmap(lambda k: system.begin(theta, k))(keys), keys, jnp.int32(0))
 
     def step(theta, state: Several, key):
-        keys = jax.random.split(key, runs)
+        ended, keys = _begin_with(system, state, key, runs)
 
         def cost(theta):
             ready = _fresh(
-                state.piece == system.pieces,
+                ended,
                 lambda: jax.vmap(lambda k: system.begin(theta, k))(keys),
                 lambda: state.runs,
             )
@@ -70,7 +71,8 @@ def backpropagation(system: Unrolled, runs: int) -> Estimator:
             return losses.mean(), after
 
         (loss, after), gradient = jax.value_and_grad(cost, has_aux=True)(theta)
-        return Several(after, state.piece % system.pieces + 1), Run(loss, gradient)
+        after = Several(after, state.keys, state.piece % system.pieces + 1)
+        return after, Run(loss, gradient)
 
     return Estimator(begin, step)
 
@@ -91,8 +93,8 @@ def es(system: Unrolled, pairs: int, sigma: float = 0.01) -> Estimator:
 
     def step(theta, state: Several, key):
         first, second = jax.random.split(key)
-        keys, drawn = jax.random.split(first, pairs), _drawn(theta, second, pairs, sigma)
-        ended = state.piece == system.pieces
+        ended, keys = _begin_with(system, state, first, pairs)
+        drawn = _drawn(theta, second, pairs, sigma)
 
         def piece(sign):
             def one(state, key, noise):
@@ -104,7 +106,8 @@ def es(system: Unrolled, pairs: int, sigma: float = 0.01) -> Estimator:
 
         (_, above), (_, below), (after, losses) = piece(1), piece(-1), piece(0)
         gradient = _slope(drawn, above - below, sigma)
-        return Several(after, state.piece % system.pieces + 1), Run(losses.mean(), gradient)
+        after = Several(after, state.keys, state.piece % system.pieces + 1)
+        return after, Run(losses.mean(), gradient)
 
     return Estimator(plain, step)
 
@@ -116,7 +119,8 @@ def pes(system: Unrolled, pairs: int, sigma: float = 0.01) -> Estimator:
 
     Each of a pair goes on from its own state, so a piece's cost is also put down to what was drawn
     for the pieces before it. The mean is the gradient of the run's cost smoothed by N(0, sigma^2)
-    at every piece.
+    at every piece, for a theta that stays; one that moves with each piece, as in `meta_train`, has
+    it as nearly as it moves less than sigma in a run.
 
     system: see `nlx.learned.unrolled`. pairs: of runs, >= 1. sigma: > 0, of a piece's e.
     Source: Vicol et al. (2021), Unbiased gradient estimation in unrolled computation graphs with
@@ -150,6 +154,15 @@ def pes(system: Unrolled, pairs: int, sigma: float = 0.01) -> Estimator:
         return Pairs(above, below, summed, state.piece % system.pieces + 1), run
 
     return Estimator(begin, step)
+
+
+def _begin_with(system: Unrolled, state: Several, key, runs: int):
+    """Whether runs begin with this piece, the first or one after the last, and their keys.
+
+    They then begin inside it, so that a start that depends on theta has its share of the gradient.
+    """
+    keys = jnp.where(state.piece == 0, state.keys, jax.random.split(key, runs))
+    return (state.piece == 0) | (state.piece == system.pieces), keys
 
 
 def _fresh(ended, begin: Callable[[], Any], going: Callable[[], Any]) -> Any:

@@ -58,7 +58,9 @@ def train(
 
     "training": the loss of each step's batch before the step; "held-out": `task.heldout` after it.
     second_order: whether losses may be differentiated through the gradients that the rule is given.
+    Raises ValueError for another objective, or held-out loss of a task that has none.
     """
+    _check_objective(task, objective)
     transformation = rule.make(theta)
 
     def step(trained: Trained, _):
@@ -68,7 +70,8 @@ def train(
             gradient = jax.lax.stop_gradient(gradient)
         update, state = transformation.update(gradient, trained.rule, trained.params)
         params = optax.apply_updates(trained.params, update)
-        if objective == "held-out" and task.heldout is not None:
+        if objective == "held-out":
+            assert task.heldout is not None
             cost = task.heldout(params, trained.instance)
         return trained._replace(params=params, rule=state, step=trained.step + 1), cost
 
@@ -102,10 +105,7 @@ def unrolled(
         raise ValueError(
             f"`truncation` is {truncation}; it must divide `horizon`, which is {horizon}."
         )
-    if objective not in ("training", "held-out"):
-        raise ValueError(f'`objective` is {objective!r}; it must be "training" or "held-out".')
-    if objective == "held-out" and task.heldout is None:
-        raise ValueError('`objective` is "held-out", of which the task has none; take "training".')
+    _check_objective(task, objective)
 
     if most is not None and not jnp.isfinite(most):
         raise ValueError(f"`most` is {most}; it must be a finite number, or None.")
@@ -120,3 +120,10 @@ def unrolled(
 
     begin = lambda theta, key: start(rule, task, theta, key)
     return Unrolled(begin, advance, horizon // truncation)
+
+
+def _check_objective(task: Task, objective: str) -> None:
+    if objective not in ("training", "held-out"):
+        raise ValueError(f'`objective` is {objective!r}; it must be "training" or "held-out".')
+    if objective == "held-out" and task.heldout is None:
+        raise ValueError('`objective` is "held-out", of which the task has none; take "training".')

@@ -198,6 +198,24 @@ def test_meta_training_lowers_what_runs_cost():
         assert -6 < float(state.level.params["log_rate"]) < -2
 
 
+@pytest.mark.parametrize("make", [learned.backpropagation, learned.es])
+def test_the_first_runs_too_begin_inside_the_first_piece(x64, make):
+    """A rate that a run begins with is theta's: in one piece it has the gradient of the run."""
+    rule = learned.hypergradient_rule(0.02, 0.02)
+    system = learned.unrolled(rule, tasks.quadratics(3), horizon=5, truncation=5, second_order=True)
+    theta, key = rule.init(jax.random.key(0)), jax.random.key(1)
+    more = (4096, 1e-4) if make is learned.es else (3,)
+    estimator = make(system, *more)
+    state = estimator.begin(theta, key)
+    found = jax.jit(estimator.step)(theta, state, jax.random.key(2))[1]
+    keys = jax.random.split(key, more[0])
+    cost = lambda theta: jax.vmap(lambda k: whole(system, theta, k))(keys).mean()
+    want = jax.jit(jax.grad(cost))(theta)
+    tolerance = 0.1 if make is learned.es else 1e-9
+    np.testing.assert_allclose(found.gradient["log_rate"], want["log_rate"], rtol=tolerance)
+    assert abs(want["log_rate"]) > 0.1
+
+
 def test_a_run_that_diverges_costs_the_most_and_spoils_nothing():
     """Rates from too large to far too large: only by what they cost is it known to turn back."""
     task = tasks.quadratics(4)
@@ -232,6 +250,11 @@ def test_bad_input_gets_a_sentence():
         (lambda: of(truncation=3), "`truncation` is 3; it must divide `horizon`, which is 4"),
         (lambda: of(objective="test"), "`objective` is 'test'; it must be \"training\" or"),
         (lambda: of(objective="held-out"), '`objective` is "held-out", of which the task has'),
+        (lambda: of(most=np.inf), "`most` is inf; it must be a finite number, or None"),
+        (
+            lambda: learned.train(RULE, task, none, none, 1, objective="held-out"),
+            '`objective` is "held-out", of which the task has none',
+        ),
         (lambda: learned.pes(of(), 0), "`pairs` is 0; it must be an integer >= 1"),
         (lambda: learned.es(of(), 1, 0.0), "`sigma` is 0.0; it must be > 0"),
         (lambda: learned.backpropagation(of(), 0), "`runs` is 0; it must be an integer >= 1"),

@@ -211,6 +211,12 @@ def test_rules_compose(name):
         )  # fmt: skip
 
 
+def test_a_memory_of_another_size_is_refused():
+    theta = learned.dmgd_rule(hidden=3).init(jax.random.key(0))
+    with pytest.raises(ValueError, match=r"`theta` has a memory of .*; it must be of .*16"):
+        learned.as_transformation(learned.dmgd_rule(hidden=16), theta)
+
+
 def test_bad_input_gets_a_sentence():
     for make, said in (
         (lambda: learned.lstm_rule(0), "`hidden` is 0; it must be an integer >= 1"),
