@@ -14,6 +14,8 @@ from nlx_experiments import packing
 from nlx_experiments.data import SEPARATOR, Stream
 from nlx_experiments.errors import Refused
 
+SHARES = 1_000_000  # parts that rows are shared out in; every source has one or more
+
 
 class Windows:
     """Random access to the stream's windows: `length` inputs and, one further, their targets."""
@@ -112,10 +114,10 @@ def mixed(
       batch: rows.
       seed: of the orders.
       rows: of every batch, those that are read, see `Rows`; None: all.
-      weights: the share of rows from each source; none: as it has rows.
+      weights: the share of rows from each source, to a millionth; none: as it has rows.
     """
     parts = [grain.MapDataset.source(part).seed(seed).shuffle().repeat() for part in made]
-    whole = [max(1, round(10_000 * share)) for share in shares(made, weights)]
+    whole = [max(1, round(SHARES * share)) for share in shares(made, weights)]
     mix = parts[0] if len(parts) == 1 else grain.MapDataset.mix(parts, whole)
     if rows is None:
         return mix.batch(batch, drop_remainder=True)

@@ -12,6 +12,8 @@ by TensorStore and the rest as JSON: loading never unpickles. Any mesh can read 
 of processes.
 """
 
+import hashlib
+import json
 import os
 import pathlib
 import shutil
@@ -25,7 +27,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jaxtyping import PyTree
 
-from nlx_experiments import checksums, hosts
+from nlx_experiments import checksums, hosts, runs
 from nlx_experiments.errors import Refused
 from nlx_experiments.hushed import hush
 
@@ -61,12 +63,18 @@ class Checkpoints:
         self.folder, self.say, self.reads = folder.absolute(), say, keep is None
         self.keep, self.keep_every = keep, keep_every
         self._saved: int | None = None  # a step that is not known to be whole on the disk
+        self._good: int | None = None  # the last that is
         options = ocp.CheckpointManagerOptions(
             enable_async_checkpointing=not self.reads,
             cleanup_tmp_directories=not self.reads,
             read_only=self.reads,
         )
         self.manager = ocp.CheckpointManager(self.folder, options=options)
+
+    @property
+    def _newest(self) -> pathlib.Path:
+        """Which was the newest one: outside of the folder, so that it is missed when it is gone."""
+        return self.folder.parent / "saved.json"
 
     @property
     def _damaged(self) -> pathlib.Path:
@@ -106,7 +114,8 @@ class Checkpoints:
         self._guarded(step, lambda: hosts.by_first(lambda: self._check_space(trees)))
         sums = {name: checksums.of_tree(_plain(tree)) for name, tree in trees.items()}
         items = {name: ocp.args.StandardSave(_plain(tree)) for name, tree in trees.items()}
-        progress = ocp.args.JsonSave({"position": position, "sums": sums})
+        told = {"step": step, "position": position, "sums": sums}
+        progress = ocp.args.JsonSave(told | {"sum": _sum(told)})
         self._guarded(
             step,
             lambda: self.manager.save(
@@ -125,14 +134,20 @@ class Checkpoints:
         if step is None or self.keep is None:
             return
         self._guarded(step, lambda: hosts.by_first(lambda: self._read_back(step)))
+        self._good = step
+        hosts.by_first(lambda: runs.write_json(self._newest, {"step": step}))
         kept = sorted(self.manager.all_steps())
         for old in kept[: -self.keep]:
             if self.keep_every is None or old % self.keep_every:
                 self.manager.delete(old)
 
     def last(self) -> int | None:
-        """The step of the newest one."""
-        return self.manager.latest_step()
+        """The step of the newest one that was restored, or saved and read back; waits for that.
+
+        Raises Refused as `save` does.
+        """
+        self.wait()
+        return self._good
 
     def restore(self, like: Mapping[str, PyTree]) -> Saved | None:
         """The newest whole checkpoint, or None if there never was one.
@@ -141,8 +156,10 @@ class Checkpoints:
           like: the trees wanted, with the structure, shapes, dtypes and places they must have.
 
         Raises:
-          Refused: one is whole, but of other trees; or there were some, and all are damaged.
+          Refused: one is whole, but of other trees; or there were some, and all are damaged or
+          gone.
         """
+        newest = (runs.read_json(self._newest) or {}).get("step", -1)
         steps = sorted(self.manager.all_steps(), reverse=True)
         for n, step in enumerate(steps):
             saved, error = None, self._damage(step)
@@ -154,6 +171,9 @@ class Checkpoints:
                 except Exception as found:  # whatever damage makes the readers raise
                     error = found
             if not hosts.any_of(saved is None):
+                self._good = step
+                if max(steps[0], step) < newest:
+                    self.say(f"The checkpoint of step {newest}, which was saved, is gone.")
                 return saved
             error = error or ValueError("another process cannot read it")
             if hosts.any_of(self._is_whole(step, like)):
@@ -168,6 +188,11 @@ class Checkpoints:
             raise Refused(
                 f"no checkpoint in {self.folder} is whole any more; to begin anew, choose another "
                 "folder."
+            )
+        if newest >= 0:
+            raise Refused(
+                f"{self.folder} holds no checkpoint any more, though one of step {newest} was "
+                "saved there; bring it back, or begin anew in another folder."
             )
         return None
 
@@ -199,6 +224,7 @@ class Checkpoints:
                 f"the checkpoint of step {step} in {self.folder} was saved by an nlx that is too "
                 "old to be gone on from; begin anew in another folder."
             )
+        _check_sum(progress, step)
         for name in like:
             if checksums.of_tree(found[name]) != progress["sums"][name]:
                 raise ValueError(f"its {name} do not match their checksums")
@@ -227,7 +253,9 @@ class Checkpoints:
         """The checksums that it was saved with."""
         handler = ocp.Checkpointer(ocp.JsonCheckpointHandler(), multiprocessing_options=_alone())
         with handler as reader:
-            return reader.restore(self.folder / str(step) / PROGRESS)["sums"]
+            progress = reader.restore(self.folder / str(step) / PROGRESS)
+        _check_sum(progress, step)
+        return progress["sums"]
 
     def _from_disk(self, step: int, name: str) -> dict[str, str]:
         """The checksums of one tree as it lies on the disk."""
@@ -281,6 +309,20 @@ class Checkpoints:
 def digest(trees: Mapping[str, PyTree]) -> dict[str, dict[str, str]]:
     """The checksum of every array, by tree and path: equal if and only if the bits are."""
     return {name: checksums.of_tree(_plain(tree)) for name, tree in trees.items()}
+
+
+def _sum(told: Mapping[str, Any]) -> str:
+    """The checksum of all that a checkpoint holds beside arrays, and so of theirs."""
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+
+
+def _check_sum(progress: Mapping[str, Any], step: int) -> None:
+    """Raises ValueError where it is damaged; checkpoints of before there was one have none."""
+    told = {name: value for name, value in progress.items() if name != "sum"}
+    if "sum" in progress and progress["sum"] != _sum(told):
+        raise ValueError("its position in the data does not match its checksum")
+    if progress.get("step", step) != step:
+        raise ValueError(f"it is of step {progress['step']}")
 
 
 def _alone() -> Any:

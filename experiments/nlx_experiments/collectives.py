@@ -16,6 +16,9 @@ _CALLED = re.compile(
 _TURNS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _CONDITION = re.compile(r"condition=%?([\w.\-]+)")
 _CONSTANT = re.compile(r"= [su]\d+\[\]\S* constant\((\d+)\)")
+# Of a mesh, those axes that exchange, whole or a part of one: mesh['data'=2,'fsdp'=4] {'fsdp':(1)2}
+_OF_MESH = re.compile(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}")
+_AXIS = re.compile(r"'([^']+)'(?::\(\d+\)(\d+))?")
 _OPENED = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
 
 
@@ -183,9 +186,17 @@ def _size(dtype: str, shape: str) -> int:
 
 
 def _group(line: str, devices: int) -> int:
-    """Devices that exchange with each other."""
+    """Devices that exchange with each other; all where no groups are named.
+
+    Raises ValueError for groups that are written in another way than is known here.
+    """
     if listed := re.search(r"replica_groups=\{\{([\d,]*)\}", line):
         return len(listed[1].split(","))
     if counted := re.search(r"replica_groups=\[\d+,(\d+)\]", line):
         return int(counted[1])
+    if named := _OF_MESH.search(line):
+        sizes = dict(re.findall(r"'([^']+)'=(\d+)", named[1]))
+        return math.prod(int(part or sizes[name]) for name, part in _AXIS.findall(named[2]))
+    if re.search(r"replica_groups=(?!\{\})", line):
+        raise ValueError(f"groups of devices that cannot be read: {line.strip()[:300]}")
     return devices

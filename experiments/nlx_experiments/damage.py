@@ -165,7 +165,7 @@ FAULTS: dict[str, Fault] = {
     "a truncated checkpoint": Fault(_truncated, r"checkpoint of step \d+ is damaged"),
     "a flipped bit in a checkpoint": Fault(_flipped, r"checkpoint of step \d+ is damaged"),
     "a half-deleted checkpoint": Fault(_half_deleted, r"checkpoint of step \d+ is damaged"),
-    "an emptied checkpoint": Fault(_emptied, r"checkpoint of step \d+ is damaged|Going on from"),
+    "an emptied checkpoint": Fault(_emptied, r"checkpoint of step \d+ is damaged"),
     "half a line of metrics": Fault(_half_a_line, "Going on from step"),
     "a text that is gone": Fault(_text_gone, "the text is no longer what", 2),
     "a text that changed": Fault(_text_changed, "the text is no longer what", 2),

@@ -9,6 +9,7 @@ folder. The first of them, of index 0, writes there; what it refuses, all refuse
 everything here does what it says on its own.
 """
 
+import ctypes
 import dataclasses
 import hashlib
 import json
@@ -27,6 +28,7 @@ from nlx_experiments.errors import Lost, Refused
 
 T = TypeVar("T")
 CHILD = "NLX_SUPERVISED"  # in the environment of the process that a supervisor began
+PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG, of Linux's prctl
 PATIENCE = 60  # seconds without a sign of life after which a process counts as lost
 
 
@@ -100,6 +102,13 @@ def first() -> bool:
     return jax.process_index() == 0
 
 
+def largest(number: int) -> int:
+    """Of all processes; all wait for each other."""
+    if count() == 1:
+        return number
+    return int(np.max(multihost_utils.process_allgather(np.array(number))))
+
+
 def any_of(flag: bool) -> bool:
     """Whether it holds in any process; all wait for each other."""
     if count() == 1:
@@ -144,16 +153,21 @@ def supervised(config: HostsConfig, argv: Sequence[str]) -> int | None:
     jax ends a process whose fellow is lost in the middle of things, with SIGABRT and a long trace:
     whoever stands above can still say in a sentence what happened. Signals are handed on.
 
+    Where this process is killed, that one is asked to stop (on Linux).
+
     Raises Lost where that happened.
     """
-    if config.coordinator is None or os.environ.get(CHILD):
+    if above := os.environ.get(CHILD):
+        _end_with(int(above))
+    if config.coordinator is None or above:
         return None
     held: list[subprocess.Popen] = []
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda got, frame: [one.send_signal(got) for one in held])
     command = [sys.executable, "-m", "nlx_experiments.run", *argv]
     # In a session of its own: what a terminal sends to all comes once, from here.
-    held.append(subprocess.Popen(command, env=os.environ | {CHILD: "1"}, start_new_session=True))
+    environment = os.environ | {CHILD: str(os.getpid())}
+    held.append(subprocess.Popen(command, env=environment, start_new_session=True))
     code = held[0].wait()
     if code == -signal.SIGABRT:
         raise Lost(
@@ -161,3 +175,11 @@ def supervised(config: HostsConfig, argv: Sequence[str]) -> int | None:
             "What was saved is whole: start all processes again, as many as before or not."
         )
     return 128 - code if code < 0 else code
+
+
+def _end_with(parent: int) -> None:
+    """Lets the system send this process SIGTERM when its parent ends; ends it if that is so."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PARENT_DEATH_SIGNAL, signal.SIGTERM)
+        if os.getppid() != parent:
+            sys.exit(128 + signal.SIGTERM)

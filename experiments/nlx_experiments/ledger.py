@@ -6,17 +6,24 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-KINDS = ("compile", "data", "step", "save", "evaluation")
+KINDS = ("start", "compile", "data", "step", "save", "evaluation")
 
 
 class Ledger:
     """Seconds by what they were spent on; what is on no line is "rest"."""
 
-    def __init__(self, before: Mapping[str, Any] | None = None):
-        """before: what `told` said when the run was stopped, to go on from."""
+    def __init__(self, before: Mapping[str, Any] | None = None, since: float | None = None):
+        """before: what `told` said when the run was stopped, to go on from.
+
+        since: when the command began, of `time.monotonic`; what went by since is "start": reading
+        the text, meeting other processes, restoring. None: now.
+        """
+        now = time.monotonic()
+        since = now if since is None else since
         held = (before or {}).get("seconds", {})
         self.seconds = {kind: float(held.get(kind, 0)) for kind in KINDS}
-        self.began = time.monotonic() - float((before or {}).get("total", 0))
+        self.seconds["start"] += now - since
+        self.began = since - float((before or {}).get("total", 0))
 
     @contextlib.contextmanager
     def spent(self, kind: str) -> Iterator[None]:

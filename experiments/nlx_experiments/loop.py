@@ -11,6 +11,8 @@ import contextlib
 import functools
 import hashlib
 import pathlib
+import signal
+import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -54,6 +56,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
       Diverged: gradients or scores are no numbers any more.
       Stopped: SIGINT or SIGTERM came, or the time is over; everything is saved.
     """
+    begun = time.monotonic()
     hosts.join(config.hosts)
     say = console.say if hosts.first() else lambda sentence: None
     stop = StopRequest(config.time_limit)
@@ -73,9 +76,11 @@ def train(config: TrainConfig) -> dict[str, Any]:
     positions = evaluate.scored_positions(tokens, config.length, config.eval_bytes)
     if config.hosts.coordinator is not None:  # before the first exchange, which is compiled
         _cache_compilations(config.folder)
-    hosts.agree("configurations", _shared(config) | {"text": corpus.sha256})
-    begun = hosts.by_first(lambda: Run(config.folder))
-    with begun or Run(config.folder, writes=False) as run:
+    content = {"text": corpus.sha256, "tokenizer": tokens.tokenizer.sha256}
+    content["init_from"] = _digest(config.init_from)
+    hosts.agree("configurations", _shared(config) | content)
+    locked = hosts.by_first(lambda: Run(config.folder))
+    with locked or Run(config.folder, writes=False) as run:
         hosts.by_first(lambda: _claim(run, config, corpus, tokens.tokenizer))
         functions = learner.make(config)
         _cache_compilations(run.folder)
@@ -92,7 +97,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
             hosts.by_first(lambda: runs.note_environment(run, say))
             own = dataset if functions.rows is None else mixed(rows=functions.rows)
             batches = batching.batches(own, position, config.workers)
-            ledger, done = Ledger(run.read("time")), int(state.step)
+            ledger, done = Ledger(run.read("time"), begun), int(state.step)
             told = configs.to_json(config)
             make = lambda: [loggers.make(name, run.folder, told) for name in config.log]
             others = hosts.by_first(make) or []
@@ -114,11 +119,13 @@ def train(config: TrainConfig) -> dict[str, Any]:
                 other.close()
             run.write("time", ledger.told())
         if hosts.any_of(stop.asked):
-            name = "time limit" if stop.received is None else stop.received.name
+            number = hosts.largest(stop.received or 0)  # a signal to one of them stops them all
+            received = signal.Signals(number) if number else None
+            name = "time limit" if received is None else received.name
             raise Stopped(
                 f"{name}: step {state.step} of {config.steps} is saved in {run.folder}; the same "
                 "command goes on from there.",
-                stop.received,
+                received,
             )
         with ledger.spent("evaluation"):
             bits = evaluate.model_bits(
@@ -285,7 +292,7 @@ def _advance(
                 if config.probe_every is not None and done % config.probe_every == 0:
                     with spent("evaluation"), course.log.paused():
                         course.probe(done, state.params)
-                if saving:
+                if saving and course.log.skipped < 2:  # a streak may end in giving up
                     save()
             if course.log.waiting:
                 shown.show(done, *flushed())

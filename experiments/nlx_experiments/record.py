@@ -52,7 +52,7 @@ class Log:
         self.bytes_a_token, self.bytes_a_step = bytes_a_token, bytes_a_step
         self.flops_a_token = flops_a_token
         self.run, self.last, self.others, self.say = run, last, others, say
-        self.metrics, self.speeds = run.stream("metrics", done), run.stream("speed", done)
+        self.metrics, self.speeds = (run.stream(n, done, say) for n in ("metrics", "speed"))
         self.tokens_a_step = config.batch * config.length
         self.waiting: list[tuple[int, Any]] = []
         self.since: float | None = None
@@ -130,7 +130,7 @@ class Log:
         if self.skipped < SKIPS:
             return None
         last = self.last()
-        kept = "no checkpoint" if last is None else f"the last checkpoint is of step {last}"
+        kept = "no checkpoint" if last is None else f"the last good checkpoint is of step {last}"
         return Diverged(
             f"the gradients of the last {SKIPS} steps, up to {step}, were not finite, or were "
             f"spikes, and changed nothing; {kept} in {self.run.folder}. A lower `learning_rate` "

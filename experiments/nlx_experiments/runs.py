@@ -7,6 +7,7 @@ metrics.jsonl      one line a step; a function of the configuration alone, so th
                    was stopped and resumed leaves the same bytes as one that was not
 speed.jsonl        what depends on the machine    result.json    what the finished run reached
 time.json          where the time went            probe.jsonl    what memories did, see `probe`
+saved.json         the newest checkpoint that was read back
 """
 
 import fcntl
@@ -14,6 +15,7 @@ import json
 import os
 import pathlib
 import platform
+import shutil
 import subprocess
 from collections.abc import Callable, Iterable, Mapping
 from importlib import metadata
@@ -104,14 +106,28 @@ class Run:
         if self.writes:
             write_json(self.folder / f"{name}.json", value)
 
-    def stream(self, name: str, upto: int) -> TextIO:
-        """Opens `name`.jsonl to append, cut back to the lines of steps up to `upto`."""
+    def stream(
+        self, name: str, upto: int, say: Callable[[str], None] = lambda sentence: None
+    ) -> TextIO:
+        """Opens `name`.jsonl to append, cut back to the lines of steps up to `upto`.
+
+        say: receives a sentence where lines before the last are damaged; a copy is then kept.
+        """
         path = self.folder / f"{name}.jsonl"
         if not self.writes:
             self._streams.append(open(os.devnull, "w"))  # closed with the others
             return self._streams[-1]
-        kept = "".join(json.dumps(r) + "\n" for r in read_lines(path) if r["step"] <= upto)
-        write_whole(path, kept)
+        found = _lines(path)
+        damaged = [n for n, record in enumerate(found[:-1], 1) if record is None]
+        if damaged:
+            aside = path.with_name(path.name + ".damaged")
+            shutil.copyfile(path, aside)
+            say(
+                f"{path} is damaged in line {', '.join(map(str, damaged[:5]))} of {len(found)}; as "
+                f"it was it now lies in {aside}, and the other lines are kept."
+            )
+        kept = [r for r in found if r is not None and r["step"] <= upto]
+        write_whole(path, "".join(json.dumps(r) + "\n" for r in kept))
         stream = open(path, "a", buffering=1)  # noqa: SIM115
         self._streams.append(stream)
         return stream
@@ -168,14 +184,22 @@ def read_lines(path: pathlib.Path, past_damage: bool = False) -> list[dict[str, 
 
     past_damage: also those after a line that is no record, where records do not follow each other.
     """
-    records = []
-    if path.exists():
-        for line in path.read_text().splitlines():
-            try:
-                records.append(json.loads(line))
-            except ValueError:
-                if not past_damage:
-                    break
+    found = _lines(path)
+    if not past_damage and None in found:
+        found = found[: found.index(None)]
+    return [record for record in found if record is not None]
+
+
+def _lines(path: pathlib.Path) -> list[dict[str, Any] | None]:
+    """The records of a JSONL file, None for a line that is none."""
+    records: list[dict[str, Any] | None] = []
+    for line in path.read_bytes().split(b"\n") if path.exists() else ():
+        try:
+            record = json.loads(line) if line else None
+        except ValueError:
+            record = None
+        if line:
+            records.append(record if isinstance(record, dict) else None)
     return records
 
 

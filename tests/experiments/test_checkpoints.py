@@ -82,7 +82,17 @@ def swap_weights(folder):
     shutil.copytree(folder.parent / "2" / "weights", folder / "weights")
 
 
-@pytest.mark.parametrize("damage", [truncate, flip, empty_progress, lose_memories, swap_weights])
+def move_position(folder):
+    path = folder / "progress" / "metadata"
+    content = path.read_text()
+    assert content.count('"next_index": 4') == 1
+    path.write_text(content.replace('"next_index": 4', '"next_index": 5'))
+
+
+DAMAGES = [truncate, flip, empty_progress, lose_memories, swap_weights, move_position]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_damage_falls_back_and_says_so(three, damage):
     damage(three / "4")
     saved, said = restore(three)
@@ -104,6 +114,30 @@ def test_all_damaged_is_refused(three):
         with pytest.raises(Refused, match="no checkpoint in .* is whole any more"):
             restore(three)
     assert len(list((three.parent / "damaged").iterdir())) == 3
+
+
+def test_checkpoints_that_are_gone_are_missed(three):
+    shutil.rmtree(three / "4")
+    saved, said = restore(three)
+    assert saved.step == 3
+    assert said == ["The checkpoint of step 4, which was saved, is gone."]
+    shutil.rmtree(three)
+    with pytest.raises(Refused, match="holds no checkpoint any more, though one of step 4 was"):
+        restore(three)
+
+
+def test_the_last_good_one_was_read_back(tmp_path):
+    with Checkpoints(tmp_path / "checkpoints", keep=3, say=print) as checkpoints:
+        assert checkpoints.last() is None
+        checkpoints.save(1, trees(1), {})
+        assert checkpoints.last() == 1
+        shutil.rmtree(tmp_path / "checkpoints" / "1" / "memories")
+        checkpoints.save(2, trees(2), {})
+        assert checkpoints.last() == 2
+    with Checkpoints(tmp_path / "checkpoints", keep=3, say=print) as checkpoints:
+        assert checkpoints.last() is None  # nothing was looked at yet
+        checkpoints.restore(trees(0))
+        assert checkpoints.last() == 2
 
 
 def test_none_at_all_is_none(tmp_path):

@@ -3,6 +3,7 @@
 
 import re
 
+import pytest
 from nlx_experiments import chips, collectives
 from nlx_experiments.collectives import Sent
 
@@ -42,6 +43,30 @@ ENTRY %main (a: f32[8]) -> f32[8] {
 }
 """
 PROGRAM = re.sub(r"turns\((\d)\)", r'backend_config={"known_trip_count":{"n":"\1"}}', PROGRAM)
+
+
+@pytest.mark.parametrize(
+    ("groups", "size"),
+    [
+        ("replica_groups={{0,1},{2,3}}, use_global_device_ids=true", 2),
+        ("replica_groups=[2,4]<=[8]", 4),
+        ("replica_groups=mesh['data'=2,'fsdp'=4,'tensor'=1] {'fsdp'}, dimensions={0}", 4),
+        ("replica_groups=mesh['data'=2,'fsdp'=4,'tensor'=3] {'data','tensor'}", 6),
+        ("replica_groups=mesh['axis_0'=8] {'axis_0':(2)4}, to_apply=%add", 4),
+        ("replica_groups={}, to_apply=%add", 16),
+        ("to_apply=%add", 16),
+    ],
+)
+def test_groups_are_read_as_they_are_written(groups, size):
+    line = f"  %g = f32[{16 * 16}]{{0}} all-gather(%a), {groups}"
+    program = f"ENTRY %main (a: f32[8]) -> f32[8] {{\n{line}\n}}"
+    assert collectives.sent(program, 16)["all-gather"].bytes == 4 * 16 * 16 * (size - 1) // size
+
+
+def test_groups_of_another_form_are_no_guess():
+    program = "ENTRY %m (a: f32[8]) -> f32[8] {\n  %g = f32[8] all-gather(%a), replica_groups=@x\n}"
+    with pytest.raises(ValueError, match="groups of devices that cannot be read"):
+        collectives.sent(program, 16)
 
 
 def test_bytes_of_every_kind():

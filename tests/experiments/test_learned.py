@@ -146,11 +146,14 @@ def test_what_was_learned_is_told_apart_from_what_is_tuned_by_hand():
     hand = cell("DMGD, coordinates", [3.0, 4.0, 5.0, 7.0], task="bandit")
     two = trained("DMGD, rate and decay learned", [2.0, 3.0, 4.0, 6.1]) | {"task": "bandit"}
     said = table.shown([hand, two], EXAMS)
-    assert "| DMGD, rate and decay learned | bandit | -0.975 ± 0.025, ahead |" in said
+    assert (
+        "| DMGD, rate and decay learned | DMGD, coordinates | bandit | -0.975 ± 0.025, ahead |"
+        in said
+    )
     lost = trained("DMGD, learned", [None, 3.0, 4.0, 6.0]) | {"task": "bandit"}
     lost["looks"] = [None, None]
     said = table.shown([hand, lost], EXAMS)
-    assert "| DMGD, learned | bandit | learned one diverges |" in said
+    assert "| DMGD, learned | DMGD, coordinates | bandit | learned one diverges |" in said
     assert "| 10 | 1,000 | diverges | diverges |" in said
 
 

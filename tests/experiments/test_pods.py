@@ -35,8 +35,8 @@ def test_a_line_fills_its_chips_and_has_its_parameters(name):
 def test_bytes_on_paper_by_hand():
     assert pods.on_paper(1000, 1, 10) == 0
     assert pods.on_paper(1000, 4, 10) == pytest.approx(8 * 1000 * 3 / 4 / 10)
-    within, across = 8 * 1000 * 3 / 4, 8 * 250 * 15 / 16
-    assert pods.on_paper(1000, 64, 10) == pytest.approx((within + across) / 10)
+    gathered, summed = 4 * 1000 * 3 / 4, 4 * 1000 * 63 / 64
+    assert pods.on_paper(1000, 64, 10) == pytest.approx((gathered + summed) / 10)
 
 
 def record(devices, sent):

@@ -105,6 +105,45 @@ def test_a_ledger_goes_on_where_it_was(monkeypatch):
     assert (again.told()["total"], again.told()["goodput"]) == (8, 0.375)
 
 
+def test_what_went_by_before_is_the_start(monkeypatch):
+    clock = [100.0]
+    monkeypatch.setattr(ledger, "time", types.SimpleNamespace(monotonic=lambda: clock[0]))
+    made = Ledger({"seconds": {"start": 2.0, "step": 3.0}, "total": 6.0}, since=90.0)
+    with made.spent("step"):
+        clock[0] += 4
+    told = made.told()
+    assert (told["seconds"]["start"], told["seconds"]["step"], told["seconds"]["rest"]) == (
+        12,
+        7,
+        1,
+    )
+    assert told["total"] == 20
+
+
+def damaged(path):
+    content = path.read_bytes().split(b"\n")
+    content[1] = b"\xf0" + content[1][5:]
+    path.write_bytes(b"\n".join(content) + b'{"step": 5, "lo')
+    return path.read_bytes()
+
+
+def test_one_damaged_line_costs_no_other(tmp_path):
+    """A byte that is no character, in the second of four lines; and the last one is half."""
+    path, said = tmp_path / "metrics.jsonl", []
+    with runs.Run(tmp_path) as run:
+        runs.append(run.stream("metrics", 0), [{"step": n} for n in range(1, 5)])
+    before = damaged(path)
+    with runs.Run(tmp_path) as run:
+        run.stream("metrics", 4, said.append)
+    assert [line["step"] for line in runs.read_lines(path)] == [1, 3, 4]
+    assert (tmp_path / "metrics.jsonl.damaged").read_bytes() == before
+    assert len(said) == 1
+    assert "is damaged in line 2 of 5" in said[0]
+    with runs.Run(tmp_path) as run:
+        run.stream("metrics", 3, said.append)  # what is cut off is no damage
+    assert len(said) == 1
+
+
 def test_memories_are_looked_at(finished):
     seen = lines(finished, "probe")
     assert [line["step"] for line in seen] == [2, 4]
@@ -177,7 +216,7 @@ def test_spikes_end_a_run_and_name_the_last_checkpoint(texts, tmp_path, monkeypa
 
     monkeypatch.setattr(learner, "make", lambda config: functions._replace(step=step))
     with pytest.raises(
-        Refused, match="up to 6, .* or were spikes.*last checkpoint is of step 3 in"
+        Refused, match="up to 6, .* or were spikes.*last good checkpoint is of step 3 in"
     ):
         loop.train(made)
     assert [line["spiked"] for line in lines(made, "metrics")] == [0, 0, 0, 0, 1, 1]
