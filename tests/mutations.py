@@ -1250,8 +1250,8 @@ MUTATIONS = (
     Mutation(
         "cells after a damaged line",
         f"{EXPERIMENTS}/runs.py",
-        "                if not past_damage:\n                    break",
-        "                break",
+        "    if not past_damage and None in found:",
+        "    if None in found:",
         "experiments/test_compare_optimizers.py",
     ),
     Mutation(

@@ -9,7 +9,7 @@ README = pathlib.Path(__file__).parents[1] / "README.md"
 def test_examples_run(capsys):
     text = README.read_text()
     blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     names = {}
     for block in blocks:
         exec(compile(block, str(README), "exec"), names)

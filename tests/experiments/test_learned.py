@@ -84,6 +84,16 @@ def test_the_best_theta_is_kept_and_comes_back_from_a_file(tmp_path):
         weights.read(path, other, argument="theta", of="rule")
 
 
+def test_the_theta_that_did_best_is_kept(monkeypatch):
+    scores, seen = iter([5.0, 3.0, 1.0, 2.0, 4.0, 6.0, 7.0]), []
+    look = lambda rule, exam, theta: (seen.append(theta), next(scores))[1]
+    monkeypatch.setattr(contest, "looked", look)
+    theta, told = contest.meta_trained(RULE, QUADRATICS, PLAN, 0, lambda: None)
+    assert told["pieces"] == 20
+    jax.tree.map(np.testing.assert_array_equal, theta, seen[2])
+    assert theta["log_rate"] != seen[3]["log_rate"]
+
+
 @pytest.mark.parametrize("estimator", ["backpropagation", "pes"])
 def test_meta_training_that_was_left_goes_on_to_the_bit_from_its_file(estimator, tmp_path):
     """Runs under way, their keys, the outer rule and the best theta so far are all in the file."""
