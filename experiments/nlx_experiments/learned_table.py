@@ -194,9 +194,10 @@ def plot(path: pathlib.Path, cells: Cells, exams: Mapping[str, Exam]) -> None:
         1, max(1, len(panels)), figsize=size, layout="constrained", squeeze=False
     )
     for axes, (task, other) in zip(grid.flat, panels, strict=False):
-        for place, (name, found) in enumerate(_of(cells, task).items()):
+        for name, found in _of(cells, task).items():
             by_hand = found[0]["plan"] is None
-            colour = report.COLOURS[place % len(report.COLOURS)]
+            names = dict.fromkeys(c["name"] for c in cells if (c["plan"] is None) == by_hand)
+            colour = report.COLOURS[list(names).index(name) % len(report.COLOURS)]
             for n, cell in enumerate(found):
                 one = cell["exams"][other]
                 y = np.array([np.nan if v is None else v for v in one["curve"]], float)
@@ -207,8 +208,7 @@ def plot(path: pathlib.Path, cells: Cells, exams: Mapping[str, Exam]) -> None:
         axes.axvline(HORIZON, color="#888888", linestyle=":", linewidth=1)
         title = other if task == other else f"{other}; set by {task}"
         axes.set(title=title, xlabel="steps", xscale="log", yscale="log", ylabel=exams[other].unit)
-    if panels:
-        grid.flat[0].legend(frameon=False, fontsize=7)
+        axes.legend(frameon=False, fontsize=6)
     report.save(figure, path)
 
 
