@@ -74,12 +74,13 @@ def hypergradient_rule(rate: float = 1e-2, hyper: float = 0.02) -> Rule:
     def make(theta):
         def init(params):
             zeros = optax.tree.zeros_like(params, dtype=jnp.float32)
-            return HypergradientState(jnp.asarray(theta["log_rate"], jnp.float32), zeros)
+            rate = jnp.asarray(theta["log_rate"], jnp.float32)
+            return HypergradientState(jnp.zeros((), jnp.float32) + rate, zeros)
 
         def update(updates, state, params=None, **extra):
             del params, extra
             wide = jax.tree.map(lambda g: g.astype(jnp.float32), updates)
-            product = optax.tree.vdot(wide, state.before)
+            product = optax.tree.sum(jax.tree.map(jnp.multiply, wide, state.before))
             sizes = [optax.tree.norm(tree) for tree in (wide, state.before)]
             alike = product / jnp.maximum(sizes[0] * sizes[1], 1e-30)
             log_rate = state.log_rate + jnp.exp(theta["log_hyper"]) * alike
@@ -141,7 +142,8 @@ def dmgd_rule(
         def begin(params):
             state: Any = deep.init(params)
             given = [theta["memory"][f"layer_{n}"] for n in range(len(state.phi))]
-            put = lambda old, new: new.astype(old.dtype) if old.shape == new.shape else old
+            same = lambda old, new: old.shape == new.shape
+            put = lambda old, new: jnp.zeros_like(old) + new if same(old, new) else old
             phi = tuple(
                 jax.tree.map(lambda old, new=new: put(old, new), tree)
                 for tree, new in zip(state.phi, given, strict=True)
@@ -156,14 +158,14 @@ def dmgd_rule(
 
 
 def _starting(start: dict[str, Any]):
-    return lambda key: jax.tree.map(jnp.asarray, start)
+    return lambda key: jax.tree.map(lambda x: jnp.asarray(x, jnp.result_type(x)), start)
 
 
 def _scaled(rule: optax.GradientTransformation, log_rate) -> optax.GradientTransformationExtraArgs:
     """-exp(log_rate) times its updates; it sees gradients in at least float32."""
 
     def init(params):
-        return rule.init(jax.tree.map(lambda p: jnp.zeros(p.shape, wide_dtype(p)), params))
+        return rule.init(jax.tree.map(lambda p: jnp.zeros_like(p, wide_dtype(p)), params))
 
     def update(updates, state, params=None, **extra):
         del params, extra

@@ -74,7 +74,9 @@ def lstm_rule(
     def make(theta):
         def begin(param, position):
             del position
-            zeros = jnp.zeros((*param.shape, hidden), jnp.promote_types(param.dtype, jnp.float32))
+            dtype = jnp.promote_types(param.dtype, jnp.float32)
+            units = last(jnp.zeros(hidden, dtype), param.ndim + 1)
+            zeros = jnp.zeros_like(param, dtype)[..., None] + units
             return (zeros,) * layers, (zeros,) * layers
 
         def step(fields, gradient, param, tick):

@@ -68,9 +68,10 @@ def mlp_rule(
         def begin(param, position):
             del position
             dtype = jnp.promote_types(param.dtype, jnp.float32)
-            zeros = lambda shape: jnp.zeros((*shape, count), dtype)
-            rows, columns = _factors(param.shape)
-            return zeros(param.shape), jnp.zeros(param.shape, dtype), zeros(rows), zeros(columns)
+            zeros = jnp.zeros_like(param, dtype)
+            rows, columns = (zeros, zeros) if param.ndim < 2 else (zeros.sum(-1), zeros.sum(-2))
+            decays = lambda x: x[..., None] + last(jnp.zeros(count, dtype), x.ndim + 1)
+            return decays(zeros), zeros, decays(rows), decays(columns)
 
         def advance(fields, gradient, param, tick):
             momentum, square, rows, columns = fields
@@ -98,13 +99,6 @@ def mlp_rule(
     return Rule(init, make)
 
 
-def _factors(shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Shapes of Adafactor's averages: without the last axis, without the one before it."""
-    if len(shape) < 2:
-        return shape, shape
-    return shape[:-1], (*shape[:-2], shape[-1])
-
-
 def _features(gradient, param, momentum, square, rows, columns, tick) -> Float[Array, "... f"]:
     """Of every entry; those of the tensor are divided by their root mean square over it."""
     root = lambda x: jax.lax.rsqrt(x + 1e-8)
@@ -112,9 +106,8 @@ def _features(gradient, param, momentum, square, rows, columns, tick) -> Float[A
     if gradient.ndim >= 2:
         mean = rows.mean(-2, keepdims=True)  # over the rows: of the whole matrix
         factored = root(rows / (mean + 1e-30))[..., None, :] * root(columns)[..., None, :, :]
-        whole = (*gradient.shape, rows.shape[-1])
-        rows = jnp.broadcast_to(rows[..., None, :], whole)
-        columns = jnp.broadcast_to(columns[..., None, :, :], whole)
+        ones = jnp.ones_like(gradient)[..., None]  # split over devices as the gradient is
+        rows, columns = rows[..., None, :] * ones, columns[..., None, :, :] * ones
     else:
         factored = root(rows)
     parts = [
@@ -126,4 +119,5 @@ def _features(gradient, param, momentum, square, rows, columns, tick) -> Float[A
     axes = tuple(range(gradient.ndim))
     x = x * jax.lax.rsqrt(jnp.square(x).mean(axes, keepdims=True) + 1e-5) if gradient.size else x
     clock = jnp.tanh((tick + 1) / jnp.asarray(HORIZONS, x.dtype)).astype(x.dtype)
-    return jnp.concatenate([x, jnp.broadcast_to(clock, (*gradient.shape, clock.size))], -1)
+    everywhere = jnp.ones_like(gradient)[..., None] * last(clock, gradient.ndim + 1)
+    return jnp.concatenate([x, everywhere], -1)

@@ -80,6 +80,19 @@ def test_a_convolution_is_one():
     np.testing.assert_allclose(heldout(task)(params, ()), want, rtol=1e-5)
 
 
+def test_windows_that_are_trained_on_hold_nothing_of_the_last_tenth(monkeypatch):
+    read = lambda graph: lambda params, batch: batch["tokens"]
+    monkeypatch.setattr(tasks.train, "language_model_loss", read)
+    model = nn.ModelConfig(
+        mixer="attention", feed_forward="swiglu", width=4, layers=1, heads=1, hidden=4
+    )
+    task = tasks.language(jnp.arange(400), model, batch=64, length=8)
+    trained = np.concatenate([task.loss({}, (), jax.random.key(n)) for n in range(30)])
+    assert trained.shape == (1920, 9)
+    assert (trained.min(), trained.max()) == (0, 359)
+    assert (heldout(task)({}, ()).min(), heldout(task)({}, ()).max()) == (360, 399)
+
+
 def test_a_bandits_gradient_is_the_gradient_of_its_expected_pay():
     """The mean over many draws; a baseline among the pulls themselves takes 1 / episodes of it."""
     task = tasks.bandit(3, episodes=8)
