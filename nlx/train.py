@@ -42,10 +42,10 @@ def make_train_step(
 ) -> Callable[[TrainState, Any], tuple[TrainState, Metrics]]:
     """The function (state, batch) -> (state, metrics) of one step: theta <- theta + tx(grad loss).
 
-    Pure: compile it as `jax.jit(step, donate_argnums=0)`. Where the loss, a gradient or an update
-    is not finite, or the gradient's norm is above `spike` times the median of the last RECENT that
-    were taken, parameters and the optimizer's memories stay as they were, bit by bit, and the step
-    is counted in `skipped`.
+    Pure: compile it as `jax.jit(step, donate_argnums=0)`. Where the loss or a gradient is not
+    finite, or the gradient's norm is above `spike` times the median of the last RECENT that were
+    taken, parameters and the optimizer's memories stay as they were, bit by bit, and the step is
+    counted in `skipped`.
 
     Args:
       loss: (params, batch) -> scalar, such as `language_model_loss`.
@@ -81,7 +81,6 @@ def make_train_step(
         )
         taken &= ~spiked
         updates, opt_state = tx.update(gradients, state.opt_state, state.params)
-        taken &= jnp.isfinite(_norm(jax.tree.leaves(updates)))
         after = (optax.apply_updates(state.params, updates), opt_state)
         before = (state.params, state.opt_state)
         params, opt_state = jax.tree.map(lambda a, b: jnp.where(taken, a, b), after, before)
