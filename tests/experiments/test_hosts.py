@@ -187,7 +187,7 @@ def test_who_is_started_and_killed_leaves_nobody_behind(texts, tmp_path):
     while not gone():
         assert time.monotonic() < end
         time.sleep(0.1)
-    process.wait()
+    ended([process])
     last = max(int(p.name) for p in (run / "checkpoints").iterdir() if p.name.isdigit())
     assert last == len(losses(run))
 
