@@ -50,14 +50,14 @@ def begin(texts, run, devices, *flags):
     return subprocess.Popen(command, env=environment, stdout=pipe, stderr=subprocess.STDOUT)
 
 
-def two(texts, run, *flags, second=()):
-    """Two processes; `second` is told the second one alone."""
+def two(texts, run, *flags, second=(), count=2):
+    """So many processes; `second` is told the second one alone."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    common = [f"--hosts.coordinator=localhost:{port}", "--hosts.count=2", *flags]
+    common = [f"--hosts.coordinator=localhost:{port}", f"--hosts.count={count}", *flags]
     of = lambda n: [*common, f"--hosts.index={n}", *(second if n else ())]
-    return [begin(texts, run, 4, *of(n)) for n in range(2)]
+    return [begin(texts, run, 4, *of(n)) for n in range(count)]
 
 
 def ended(processes, timeout=400):
@@ -178,7 +178,7 @@ def test_a_signal_to_one_stops_both(texts, tmp_path):
 def test_who_is_started_and_killed_leaves_nobody_behind(texts, tmp_path):
     """The process that trains is below the one that was started, and saves when that is killed."""
     run = tmp_path / "run"
-    process = two(texts, run, "--steps", "100000", "--hosts.count=1", "--mesh.fsdp", "1")[0]
+    (process,) = two(texts, run, "--steps", "100000", "--mesh.fsdp", "1", count=1)
     until(lambda: len(losses(run)) > 2, [process])
     (child,) = children(process.pid)
     process.kill()
