@@ -42,7 +42,6 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import numpy as np
 
 from nlx import nn
@@ -58,8 +57,8 @@ from nlx_experiments.continual_methods import CHOSEN_AS, METHODS, Choice
 from nlx_experiments.continual_model import Size, pretrained
 from nlx_experiments.continual_streams import Continual, Row, full, tiny
 from nlx_experiments.continual_tasks import Absent, Scenario
-from nlx_experiments.errors import Refused, Stopped
-from nlx_experiments.sequence_experiment import PLACE, compiled_hastily
+from nlx_experiments.errors import Stopped
+from nlx_experiments.sequence_experiment import PLACE, check, compiled
 
 PROTOCOL = 1  # counts changes of what is measured here: cells of another one are not used
 TUNED = 3
@@ -97,14 +96,7 @@ def main(options: Continual) -> dict[str, Any]:
         size = Size(width=512, layers=8, heads=8, hidden=1408, steps=20_000, rows=32, length=512)
     if isinstance(options, Tiny):
         size, rows = Size(width=16, layers=1, heads=2, hidden=12, steps=2, rows=2), tiny()
-    for field, known in (("only", rows), ("models", METHODS)):
-        for given in getattr(options, field):
-            if given not in known:
-                raise Refused(f"`{field}` holds {given!r}; it must be one of {', '.join(known)}.")
-    if options.place == PLACE and not (options.place / "README.md").exists():
-        raise Refused(
-            f"`place` is {options.place}, which holds no README.md to write the table to."
-        )
+    check(options, only=rows, models=METHODS)
     asked, skipped = {}, {}
     for scenario, row in rows.items():
         if options.only and scenario not in options.only:
@@ -117,11 +109,9 @@ def main(options: Continual) -> dict[str, Any]:
         except Absent as absent:
             skipped[scenario] = str(absent)
             say(f"{scenario}: skipped, {absent}.")
-    with runs.Run(options.runs) as folder, StopRequest() as stop, compiled_hastily(options.tiny):
+    cache = compiled(options.runs, hastily=options.tiny)
+    with runs.Run(options.runs) as folder, StopRequest() as stop, cache:
         runs.note_environment(folder, say)
-        if jax.config.jax_compilation_cache_dir is None:
-            cache = str(options.runs.absolute() / "compiled")
-            jax.config.update("jax_compilation_cache_dir", cache)
         store, path = Store(folder), options.place / "results" / f"{name}.json"
         earlier = (runs.read_json(path) or {}).get("cells", [])
         model = pretrained(size, options.runs, stop)

@@ -30,7 +30,6 @@ import statistics
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import matplotlib.pyplot as plt
 
 from nlx import nn
@@ -38,11 +37,11 @@ from nlx_experiments import forecasting_tasks as tasks
 from nlx_experiments import paired, report, runs
 from nlx_experiments.cells import Store
 from nlx_experiments.console import StopRequest, say
-from nlx_experiments.errors import Refused, Stopped
+from nlx_experiments.errors import Stopped
 from nlx_experiments.forecasting_learner import Size, measure
 from nlx_experiments.forecasting_tasks import Windows
 from nlx_experiments.long_context import base, contestants
-from nlx_experiments.sequence_experiment import PLACE, Options, compiled_hastily, published
+from nlx_experiments.sequence_experiment import PLACE, Options, check, compiled, published
 
 HORIZONS = 6, 12, 24
 RULES = {
@@ -96,19 +95,10 @@ def main(options: Forecasting) -> dict[str, Any]:
     cells = {**models, CONTROL: models["deltanet"]}
     if tiny:
         cells = {"transformer": models["transformer"]}
-    for field, names in {"only": [*map(str, size.horizons)], "models": [*cells]}.items():
-        for given in getattr(options, field):
-            if given not in names:
-                raise Refused(f"`{field}` holds {given!r}; it must be one of {', '.join(names)}.")
-    if options.place == PLACE and not (options.place / "README.md").exists():
-        raise Refused(
-            f"`place` is {options.place}, which holds no README.md to write the table to."
-        )
-    with runs.Run(options.runs) as folder, StopRequest() as stop, compiled_hastily(tiny):
+    check(options, only=[*map(str, size.horizons)], models=cells)
+    cache = compiled(options.runs, hastily=tiny)
+    with runs.Run(options.runs) as folder, StopRequest() as stop, cache:
         runs.note_environment(folder, say)
-        if jax.config.jax_compilation_cache_dir is None:
-            cache = str(options.runs.absolute() / "compiled")
-            jax.config.update("jax_compilation_cache_dir", cache)
         store, series, results = Store(folder), tasks.temperatures(), {}
         before = published(options.place / "results" / f"{name}.json")
         for horizon in size.horizons:

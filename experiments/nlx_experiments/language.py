@@ -43,8 +43,6 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
-import jax
-
 from nlx import nn
 from nlx_experiments import (
     batching,
@@ -62,7 +60,7 @@ from nlx_experiments.config import TrainConfig
 from nlx_experiments.console import say
 from nlx_experiments.errors import Diverged, Refused, as_sentence
 from nlx_experiments.multiple_choice import Item
-from nlx_experiments.sequence_experiment import PLACE, compiled_hastily
+from nlx_experiments.sequence_experiment import PLACE, check, compiled
 
 MODELS = (
     "transformer++",
@@ -165,19 +163,10 @@ def main(options: Language) -> dict[str, Any]:
     """
     size = options.size
     known = sorted({name.rpartition("-")[0] for name in nn.PRESETS})
-    for model in options.models:
-        if model not in known:
-            raise Refused(f"`models` holds {model!r}; it must be one of {', '.join(known)}.")
-    if options.place == PLACE and not (options.place / "README.md").exists():
-        raise Refused(
-            f"`place` is {options.place}, which holds no README.md to write the table to."
-        )
+    check(options, models=known)
     given = choice_formats.given(options.choices)
-    with runs.Run(options.runs) as folder, compiled_hastily(size is TINY):
+    with runs.Run(options.runs) as folder, compiled(options.runs, hastily=size is TINY):
         runs.note_environment(folder, say)
-        if jax.config.jax_compilation_cache_dir is None:
-            cache = str(options.runs.absolute() / "compiled")
-            jax.config.update("jax_compilation_cache_dir", cache)
         plan = planned(options, folder)
         store, text = Store(folder), ""
         told = runs.read_json(options.place / "results" / f"{options.name}.json") or {}

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float, Int, PyTree
 from safetensors import safe_open
 
 from nlx import learned
@@ -177,21 +177,24 @@ def _is_key(leaf: Any) -> bool:
 def examined(rule: Rule, exam: Exam, theta: PyTree[Array]) -> dict[str, Any]:
     """What an optimizer makes of problems that chose nothing.
 
-    "costs": of each after the last step. "at", "curve": steps, to `exam.longer` of them, and the
-    mean cost of the first problems after them.
+    "costs": of each after the last step. "curve": the mean cost of the first problems after each
+    of `points`.
     """
     found = curves(rule, exam, theta, REPORTED, exam.count, exam.steps)
     on = found[:FIRST]
     if exam.longer > exam.steps:
         on = curves(rule, exam, theta, REPORTED, min(exam.count, FIRST), exam.longer)
-    at = np.unique(np.geomspace(1, on.shape[1], POINTS).round().astype(int))
     return {
         "costs": [_finite(x) for x in found[:, -1]],
-        "at": at.tolist(),
-        "curve": [_finite(x) for x in on.mean(0)[at - 1]],
+        "curve": [_finite(x) for x in on.mean(0)[points(exam) - 1]],
     }
+
+
+def points(exam: Exam) -> Int[np.ndarray, " p"]:
+    """The steps that curves are kept at, as far from each other on a logarithmic scale."""
+    return np.unique(np.geomspace(1, exam.longer, POINTS).round().astype(int))
 
 
 def _finite(cost: float) -> float | None:
     """As JSON has it: no number where there is none."""
-    return float(f"{cost:.5g}") if np.isfinite(cost) else None
+    return float(f"{cost:.4g}") if np.isfinite(cost) else None

@@ -22,8 +22,9 @@ are not reported on.
 
 import dataclasses
 import hashlib
+import json
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -38,9 +39,9 @@ from nlx_experiments import learned_tasks as tasks
 from nlx_experiments import report, runs
 from nlx_experiments.cells import Store
 from nlx_experiments.console import StopRequest, say
-from nlx_experiments.errors import Refused, Stopped
+from nlx_experiments.errors import Stopped
 from nlx_experiments.learned_contest import Plan
-from nlx_experiments.sequence_experiment import PLACE, Options, compiled_hastily
+from nlx_experiments.sequence_experiment import PLACE, Options, check, compiled
 
 PROTOCOL = 1  # counts changes of what is measured here: cells of another one are not used
 DMGD = learned.dmgd_rule()
@@ -121,20 +122,10 @@ def main(options: Learned) -> dict[str, Any]:
     by_hand = {n: BY_HAND[n] for n in ("SGD", "heavy ball")} if options.tiny else BY_HAND
     rules = {n: RULES[n] for n in ("LSTM", "DMGD, learned")} if options.tiny else RULES
     trained_on = ("quadratics",) if options.tiny else tasks.TRAINED_ON
-    names = [*by_hand, *rules]
-    for field, known in (("only", [*exams, *trained_on]), ("models", names)):
-        for given in getattr(options, field):
-            if given not in known:
-                raise Refused(f"`{field}` holds {given!r}; it must be one of {', '.join(known)}.")
-    if options.place == PLACE and not (options.place / "README.md").exists():
-        raise Refused(
-            f"`place` is {options.place}, which holds no README.md to write the table to."
-        )
-    with runs.Run(options.runs) as folder, StopRequest() as stop, compiled_hastily(options.tiny):
+    check(options, only=dict.fromkeys([*exams, *trained_on]), models=[*by_hand, *rules])
+    cache = compiled(options.runs, hastily=options.tiny)
+    with runs.Run(options.runs) as folder, StopRequest() as stop, cache:
         runs.note_environment(folder, say)
-        if jax.config.jax_compilation_cache_dir is None:
-            cache = str(options.runs.absolute() / "compiled")
-            jax.config.update("jax_compilation_cache_dir", cache)
 
         def leave() -> None:
             if stop.received is not None:
@@ -178,7 +169,7 @@ class Cell:
         exams: Mapping[str, tasks.Exam],
         rules: Mapping[str, Rule],
         trained_on: tuple[str, ...],
-        leave: Any,
+        leave: Callable[[], None],
     ):
         """What all cells share."""
         self.store, self.folder, self.exams, self.rules = store, folder, exams, rules
@@ -250,7 +241,10 @@ def write(options: Learned, cells: list[dict[str, Any]], exams: Mapping[str, tas
     """Numbers, pictures and text of what is finished."""
     folder = options.place / "results"
     folder.mkdir(parents=True, exist_ok=True)
-    runs.write_json(folder / "learned.json", {"environment": runs.environment(), "cells": cells})
+    lines = ",\n".join(json.dumps(cell, separators=(",", ":")) for cell in cells)
+    environment = json.dumps(runs.environment())
+    content = f'{{"environment": {environment},\n"cells": [\n{lines}\n]}}\n'
+    runs.write_whole(folder / "learned.json", content)
     if not cells:
         return
     table.plot(folder / "learned.png", cells, exams)

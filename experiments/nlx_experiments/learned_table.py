@@ -10,7 +10,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 
-from nlx_experiments import paired, report
+from nlx_experiments import learned_contest, paired, report
 from nlx_experiments.learned_tasks import HORIZON, Exam
 
 Cells = Sequence[Mapping[str, Any]]
@@ -201,8 +201,9 @@ def plot(path: pathlib.Path, cells: Cells, exams: Mapping[str, Exam]) -> None:
             for n, cell in enumerate(found):
                 one = cell["exams"][other]
                 y = np.array([np.nan if v is None else v for v in one["curve"]], float)
+                at = learned_contest.points(exams[other])
                 axes.plot(
-                    one["at"], y, "--" if by_hand else "-", color=colour, linewidth=1.2,
+                    at, y, "--" if by_hand else "-", color=colour, linewidth=1.2,
                     alpha=1 if n == 0 else 0.4, label=name if n == 0 else None,
                 )  # fmt: skip
         axes.axvline(HORIZON, color="#888888", linestyle=":", linewidth=1)

@@ -24,7 +24,7 @@ class Exam(NamedTuple):
 
     task: of the problems. choosing: how many choose a rate or a theta. count: how many are reported
     on. objective: what curves are of, see `nlx.learned.train`. steps: of a run. longer: of the
-    first problems that are reported on, to see how curves go on. unit: of what is measured.
+    first problems that are reported on, to see how curves go on, >= steps. unit: of costs.
     """
 
     task: Task

@@ -10,7 +10,7 @@ import pathlib
 import sys
 import time
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -92,19 +92,10 @@ def run(
       Refused: an unknown task or model. Stopped: a signal came; finished cells are kept.
     """
     known_models = list(dict.fromkeys(m for row in rows.values() for m in row.models))
-    for field, known in (("only", list(rows)), ("models", known_models)):
-        for given in getattr(options, field):
-            if given not in known:
-                raise Refused(f"`{field}` holds {given!r}; it must be one of {', '.join(known)}.")
-    if options.place == PLACE and not (options.place / "README.md").exists():
-        raise Refused(
-            f"`place` is {options.place}, which holds no README.md to write the table to."
-        )
-    with runs.Run(options.runs) as folder, StopRequest() as stop, compiled_hastily(options.tiny):
+    check(options, only=rows, models=known_models)
+    cache = compiled(options.runs, hastily=options.tiny)
+    with runs.Run(options.runs) as folder, StopRequest() as stop, cache:
         runs.note_environment(folder, say)
-        if jax.config.jax_compilation_cache_dir is None:
-            cache = str(options.runs.absolute() / "compiled")
-            jax.config.update("jax_compilation_cache_dir", cache)
         store = Store(folder)
         for task_name in options.only or rows:
             row = rows[task_name]
@@ -126,12 +117,32 @@ def run(
     return results
 
 
+def check(options: Any, **known: Iterable[str]) -> None:
+    """Raises Refused for a name that is not known, or where the table has no place.
+
+    options: of an experiment. known: their field -> the names that it may hold.
+    """
+    for field, names in known.items():
+        for given in getattr(options, field):
+            if given not in names:
+                raise Refused(f"`{field}` holds {given!r}; it must be one of {', '.join(names)}.")
+    if options.place == PLACE and not (options.place / "README.md").exists():
+        raise Refused(
+            f"`place` is {options.place}, which holds no README.md to write the table to."
+        )
+
+
 @contextlib.contextmanager
-def compiled_hastily(wanted: bool) -> Iterator[None]:
-    """With `wanted`, what is compiled meanwhile is hardly optimised."""
+def compiled(folder: pathlib.Path, *, hastily: bool) -> Iterator[None]:
+    """What is compiled meanwhile is kept in a run's folder, unless there is a cache already.
+
+    hastily: it is hardly optimised.
+    """
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", str(folder.absolute() / "compiled"))
     flag = "jax_disable_most_optimizations"
     before = jax.config.values[flag]
-    jax.config.update(flag, wanted or before)
+    jax.config.update(flag, hastily or before)
     try:
         yield
     finally:

@@ -106,7 +106,6 @@ def unrolled(
             f"`truncation` is {truncation}; it must divide `horizon`, which is {horizon}."
         )
     _check_objective(task, objective)
-
     if most is not None and not jnp.isfinite(most):
         raise ValueError(f"`most` is {most}; it must be a finite number, or None.")
 

@@ -182,11 +182,7 @@ def test_who_is_started_and_killed_leaves_nobody_behind(texts, tmp_path):
     until(lambda: len(losses(run)) > 2, [process])
     (child,) = children(process.pid)
     process.kill()
-    gone = lambda: not pathlib.Path(f"/proc/{child}").exists()
-    end = time.monotonic() + 120
-    while not gone():
-        assert time.monotonic() < end
-        time.sleep(0.1)
+    until(lambda: not pathlib.Path(f"/proc/{child}").exists(), [])
     ended([process])
     last = max(int(p.name) for p in (run / "checkpoints").iterdir() if p.name.isdigit())
     assert last == len(losses(run))

@@ -326,6 +326,9 @@ def test_mixtures_have_the_shares_that_are_asked_for():
 
     assert shares(weights=(1, 3)) == pytest.approx(0.25, abs=0.01)
     assert shares() == pytest.approx(0.75, abs=0.01)
+    rows = batching.training_data(streams, length=9, batch=3000, seed=0, weights=(1, 100_000))
+    rare = np.concatenate([rows[n]["tokens"][:, 0] for n in range(10)]) == 1
+    assert rare.sum() <= 1  # of 30,000, where 0.3 are asked for
 
 
 @pytest.mark.parametrize("pack", [False, True])

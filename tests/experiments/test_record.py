@@ -2,6 +2,7 @@
 """What a run says of itself: norms of levels, time, shares of peak, memories, loggers, profiles."""
 
 import dataclasses
+import hashlib
 import json
 import sys
 import types
@@ -103,6 +104,47 @@ def test_a_ledger_goes_on_where_it_was(monkeypatch):
         clock[0] += 4
     assert again.told()["seconds"] == told["seconds"] | {"save": 4}
     assert (again.told()["total"], again.told()["goodput"]) == (8, 0.375)
+
+
+def test_a_streak_of_skipped_steps_rolls_no_good_checkpoint_away(texts, tmp_path, monkeypatch):
+    monkeypatch.setattr(record, "SKIPS", 6)
+    small = dict(width=16, layers=1, heads=2, hidden=8)
+    model = dataclasses.replace(nn.preset("deltanet-tiny"), **small)
+    made = config.make(
+        "deltanet-tiny", model=model, run=tmp_path / "run", data=(texts,), steps=12, batch=2,
+        length=8, eval_bytes=100, log_every=2, save_every=2, keep=1,
+    )  # fmt: skip
+    functions = learner.make(made)
+
+    def step(state, start, batch):
+        state, measured = functions.step(state, start, batch)
+        if int(state.step) > 4:
+            measured |= {"skipped": np.int32(1)}
+        return state, measured
+
+    monkeypatch.setattr(learner, "make", lambda config: functions._replace(step=step))
+    with pytest.raises(Refused, match="up to 10, .*last good checkpoint is of step 4 in"):
+        loop.train(made)
+    there = sorted(p.name for p in (made.folder / "checkpoints").iterdir() if p.name.isdigit())
+    assert there == ["4"]
+
+
+def test_what_all_processes_must_hold_is_told_by_content(texts, tmp_path, monkeypatch):
+    told, file = {}, tmp_path / "weights.safetensors"
+    file.write_bytes(b"some weights")
+
+    def agree(name, value):
+        told.update(value)
+        raise Refused("far enough")
+
+    monkeypatch.setattr(loop.hosts, "agree", agree)
+    made = config.make(
+        "deltanet-tiny", run=tmp_path / "run", data=(texts,), steps=2, init_from=file
+    )
+    with pytest.raises(Refused, match="far enough"):
+        loop.train(made)
+    assert told["init_from"] == hashlib.sha256(b"some weights").hexdigest()
+    assert {"text", "tokenizer", "learning_rate"} <= told.keys()
 
 
 def test_what_went_by_before_is_the_start(monkeypatch):
