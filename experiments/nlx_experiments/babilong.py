@@ -2,8 +2,9 @@
 """`nlx run babilong`: questions on facts that are scattered among a million symbols of text.
 
 command    nlx run babilong [--only TASK ...] [--models MODEL ...] [--longest N] [--streamed N]
-           nlx run babilong-tiny: next to nothing of it, in seconds; babilong-gpu: three facts too,
-           models of width 128, for a GPU
+           nlx run babilong-tiny: next to nothing of it, in seconds; babilong-longer: one fact, twice
+           the steps, rows of up to 65,536: what was not done learning?; babilong-gpu: three facts
+           too, models of width 128, for a GPU
 shows      the share of answers that are right, of models trained on rows of at most 192 symbols, in
            rows of up to `longest`, 1,048,576; and what is held in memory while Hope reads a stream
            of `streamed` symbols, ten million, and others one of at most 1,048,576
@@ -81,6 +82,15 @@ class Babilong(Options):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Longer(Babilong):
+    """One fact, twice the steps, no stream to speak of: what was not done learning?"""
+
+    runs: pathlib.Path = pathlib.Path("runs/babilong-longer")
+    longest: int = BY_ALL
+    streamed: int = 1_024
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Gpu(Babilong):
     """One, two and three facts, models of width 128: for a GPU."""
 
@@ -118,6 +128,7 @@ FULL = Size(
     rates=(1e-2,), rows=16, tested=256,
     lengths=(128, 256, 1_024, 4_096, 16_384, 65_536, LONGEST), piece=512,
 )  # fmt: skip
+LONGER = FULL._replace(facts=(1,), stages=((0, 64), (1_200, 192)), steps=2_400)
 OF_GPU = FULL._replace(
     facts=(1, 2, 3), width=128, layers=4, parameters=1_500_000,
     stages=((0, 128), (5_000, 512), (10_000, 1_024)), steps=20_000, rates=(2e-3,), tested=64,
@@ -128,8 +139,11 @@ OF_GPU = FULL._replace(
 def main(options: Babilong) -> dict[str, Any]:
     """Runs what is not known yet; writes tables, pictures and numbers."""
     given = texts(options.data)
-    name = "babilong-gpu" if isinstance(options, Gpu) else "babilong"
-    size = OF_GPU if isinstance(options, Gpu) else FULL
+    name, size = "babilong", FULL
+    if isinstance(options, Longer):
+        name, size = "babilong-longer", LONGER
+    if isinstance(options, Gpu):
+        name, size = "babilong-gpu", OF_GPU
     rows = full(size, given, options.longest, options.streamed)
     if isinstance(options, Tiny):
         rows = tiny(given, options.streamed)

@@ -109,6 +109,7 @@ def experiment(argv: list[str]) -> None:
         "ablation-tiny": (ablation.Tiny, ablation.main),
         "babilong": (babilong.Babilong, babilong.main),
         "babilong-gpu": (babilong.Gpu, babilong.main),
+        "babilong-longer": (babilong.Longer, babilong.main),
         "babilong-tiny": (babilong.Tiny, babilong.main),
         "context": (context.Context, context.main),
         "context-gpu": (context.Gpu, context.main),
