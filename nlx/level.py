@@ -47,7 +47,7 @@ class Level(NamedTuple):
     clock: when the parameters that others see are replaced.
 
     A context is any pytree: arrays without a tick axis in `step`, with a leading one in `scan`.
-    Source: Behrouz et al. (2025), Nested Learning, definitions 2-4.
+    Source: Behrouz et al. (2025), Nested Learning, definitions 2-4, eqs. 19, 20.
     """
 
     init: Callable[[Key[Array, ""]], Any]
@@ -95,7 +95,7 @@ def associative_memory(
 
     memory: what is stored (`nlx.memories`). objective: (output, value) -> scalar, what storing
     means (`nlx.objectives`). write, clock: as in `Level`. Its contexts are `Association`s.
-    Source: Behrouz et al. (2025), Nested Learning, definition 1.
+    Source: Behrouz et al. (2025), Nested Learning, definition 1, eq. 6.
     """
     return Level(memory.init, functools.partial(_recall, memory, objective), write, clock)
 

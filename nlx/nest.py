@@ -30,7 +30,8 @@ class Nest:
     `step` is the specification; `scan` runs the same function in blocks. Hashed by identity, so
     `jax.jit(nest.scan)` compiles once. Raises ValueError for a level that its clock, objective and
     write leave incomplete.
-    Source: Behrouz et al. (2025), Nested Learning, definitions 3-4, section 3.3.
+    Source: Behrouz et al. (2025), Nested Learning, definitions 3-4, section 3.3,
+    eqs. 24, 25, 27.
     """
 
     def __init__(  # noqa: D107

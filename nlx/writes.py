@@ -60,7 +60,8 @@ def summed(rule: optax.GradientTransformation, reduce: Literal["mean", "sum"] = 
 
     rule: any optax transformation; the sign of its updates is optax's (added to W).
     reduce: "mean" (as `optax.MultiSteps`) or "sum". Raises ValueError otherwise.
-    Source: Behrouz et al. (2025), Nested Learning, eq. 71 (there the sum).
+    Source: Behrouz et al. (2025), Nested Learning, eqs. 8, 9 (gradient descent, each tick),
+    71 (there the sum).
     """
     if reduce not in ("mean", "sum"):
         raise ValueError(f'`reduce` must be "mean" or "sum", got {reduce!r}.')

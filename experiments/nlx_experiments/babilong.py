@@ -2,9 +2,9 @@
 """`nlx run babilong`: questions on facts that are scattered among a million symbols of text.
 
 command    nlx run babilong [--only TASK ...] [--models MODEL ...] [--longest N] [--streamed N]
-           nlx run babilong-tiny: next to nothing of it, in seconds; babilong-longer: one fact, twice
-           the steps, rows of up to 65,536: what was not done learning?; babilong-gpu: three facts
-           too, models of width 128, for a GPU
+           nlx run babilong-tiny: next to nothing of it, in seconds; babilong-longer: one fact,
+           twice the steps, rows of up to 65,536: what was not done learning?; babilong-gpu: three
+           facts too, models of width 128, for a GPU
 shows      the share of answers that are right, of models trained on rows of at most 192 symbols, in
            rows of up to `longest`, 1,048,576; and what is held in memory while Hope reads a stream
            of `streamed` symbols, ten million, and others one of at most 1,048,576

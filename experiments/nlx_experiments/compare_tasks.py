@@ -35,7 +35,10 @@ class Task(NamedTuple):
 
 
 def toy(steps: int = 200, k: float = 5.0, alpha: float = 0.5, omega: float = 5.0) -> Task:
-    """Eq. 53, r^2 + k (r - theta + alpha sin(omega r))^2, from (-3.5, 2) and a little around it."""
+    """r^2 + k (r - theta + alpha sin(omega r))^2, from (-3.5, 2) and a little around it.
+
+    Source: Behrouz et al. (2025), Nested Learning, eq. 53, which gives no k, alpha and omega.
+    """
 
     def init(data, key):
         del data

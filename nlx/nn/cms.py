@@ -72,7 +72,7 @@ class CMS(nnx.Module):
     objective of Eq. 72. A rule that looks at its parameters sees the share: weight decay pulls a
     block back to where it started.
 
-    Source: Behrouz et al. (2025), Nested Learning, Eq. 70-74; Fig. 5 for the order.
+    Source: Behrouz et al. (2025), Nested Learning, Eq. 70-74, 97; Fig. 5 for the order.
     """
 
     def __init__(

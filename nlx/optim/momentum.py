@@ -44,7 +44,7 @@ def scale_by_momentum(decay: Gate = 0.9, *, nesterov: bool = False) -> Transform
 
     decay: in [0, 1]. It is `optax.trace`, to the bit, in at least float32.
     Raises ValueError for a decay out of range.
-    Source: Polyak (1964); Behrouz et al. (2025), Nested Learning, eqs. 33, 34.
+    Source: Polyak (1964); Behrouz et al. (2025), Nested Learning, eqs. 12, 13, 33, 34.
     """
     _check(decay)
     return gradient_memory(

@@ -307,3 +307,14 @@ def test_forgetting_is_counted():
     assert float(found["plasticity"]) == pytest.approx(0.8)
     assert float(found["forgetting"]) == pytest.approx((0.8 + 0.6) / 2)
     assert float(found["loss"]) == 1
+
+
+def test_the_toy_is_the_equation():
+    task = tasks.toy(k=5.0, alpha=0.5, omega=5.0)
+    weights, _ = task.init((), jax.random.key(0))
+    r, theta = np.asarray(weights["w"], float)
+    assert abs(r + 3.5) < 0.5
+    assert abs(theta - 2) < 0.5
+    want = r**2 + 5 * (r - theta + 0.5 * np.sin(5 * r)) ** 2
+    got = task.loss((), weights, None, jax.random.key(1), 0)
+    np.testing.assert_allclose(got, want, rtol=1e-5)

@@ -88,7 +88,8 @@ def mlp_memory(
       ValueError, TypeError: one sentence that names the argument.
 
     References:
-      Behrouz et al. (2024), Titans, Eq. 11-18; Behrouz et al. (2025), Nested Learning, Eq. 57, 89;
+      Behrouz et al. (2024), Titans, Eq. 8, 10-18, 32, 33; Behrouz et al. (2025), Nested
+      Learning, Eq. 57, 89;
       Sun et al. (2024), Learning to (Learn at Test Time), Eq. 4-7.
     """
     run = choose("mlp_memory", implementation, interpret, OFFERED)
