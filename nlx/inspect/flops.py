@@ -9,7 +9,7 @@ import jax
 
 
 def flops(function: Callable[..., Any], *arguments: Any) -> int:
-    """Operations of a call's matrix products and convolutions: 2 b m n k for [b, m, k] [b, k, n].
+    """Operations of a call's matrix products and convolutions: 2 b m n k for `[b, m, k] [b, k, n]`.
 
     Nothing is compiled or run: the function is traced. A loop's body counts as often as it runs, of
     branches the dearest one, a body that runs until something holds once. All other operations, a
