@@ -2311,6 +2311,27 @@ MUTATIONS = (
         "or False:",
         "experiments/test_collectives.py",
     ),
+    Mutation(
+        "that words in brackets are no numbers of equations",
+        f"{EXPERIMENTS}/equations.py",
+        r'text = re.sub(r"\([^()]*\)", "", " ".join(" ".join(parts).split()))',
+        'text = " ".join(" ".join(parts).split())',
+        "experiments/test_equations.py",
+    ),
+    Mutation(
+        "that the equations of another paper are not these papers'",
+        f"{EXPERIMENTS}/equations.py",
+        r'if named or not re.match(r"\s*[Ee]qs?\.", part):',
+        "if named:",
+        "experiments/test_equations.py",
+    ),
+    Mutation(
+        "a citation of an equation",
+        "nlx/optim/m3.py",
+        "Nested Learning, eq. 75, algorithm 1.",
+        "Nested Learning, algorithm 1.",
+        "experiments/test_equations.py",
+    ),
 )
 
 
