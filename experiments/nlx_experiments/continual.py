@@ -21,8 +21,9 @@ expects    on CLINC150, 3 seeds: Hope with 3 levels forgets a quarter of what fi
            by what it leaves, at 83.7 by a third of it); a second level brings 5.1 points at the
            end, a third none (0.1, standard error 0.6), clocks 3.6. Levels by Adam forget as
            fine-tuning does. On digits Hope ends above fine-tuning (21.2 and 14.4 %) and forgets as
-           much, of fifty orders of pixels it stays plastic and learns little, as all do; on domains of
-           text it forgets next to nothing and learns little, below EWC and replay; Kalamang is learned to a chrF of 11 to 14 by all
+           much; of fifty orders of pixels it stays plastic and learns little, as all do; on domains
+           of text it forgets next to nothing and learns little, below EWC and replay; Kalamang is
+           learned to a chrF of 11 to 14 by all
 
 A stream's data comes from a path that is given, or from the folder NLX_DATA; what is neither there
 nor on every machine is skipped, with a line that says so. CLINC150 has 40 of its 100 training rows
