@@ -2312,6 +2312,20 @@ MUTATIONS = (
         "experiments/test_collectives.py",
     ),
     Mutation(
+        "the slope of Adam's numbers where gradients were 0",
+        "nlx/learned/controls.py",
+        ", eps_root=1e-30)",
+        ")",
+        "nlx/learned/test_rules.py",
+    ),
+    Mutation(
+        "the objective of unrolled runs",
+        "nlx/learned/runs.py",
+        "truncation, objective=objective, second_order",
+        "truncation, second_order",
+        "nlx/learned/test_estimators.py",
+    ),
+    Mutation(
         "that words in brackets are no numbers of equations",
         f"{EXPERIMENTS}/equations.py",
         r'text = re.sub(r"\([^()]*\)", "", " ".join(" ".join(parts).split()))',

@@ -23,6 +23,7 @@ are not reported on.
 import dataclasses
 import hashlib
 import json
+import math
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -53,6 +54,11 @@ def _coordinates(rate):
     return DMGD.make(_FIRST | {"log_rate": jax.numpy.log(rate)})
 
 
+def _at_rest(rate):
+    """The same with a memory that stays as it begins: what is learning within a run worth?"""
+    return DMGD.make(_FIRST | {"log_rate": jax.numpy.log(rate), "log_inner_lr": math.log(1e-9)})
+
+
 def _of_two() -> Rule:
     """Deep momentum of which rate and decay alone are learned: what is the rest worth?"""
     two = ("log_rate", "decay_logit")
@@ -67,6 +73,7 @@ BY_HAND = {
     "RMSprop": contest.by_rate(optax.rmsprop),
     "DMGD": contest.by_rate(optim.dmgd),
     "DMGD, coordinates": contest.by_rate(_coordinates),
+    "DMGD, memory at rest": contest.by_rate(_at_rest),
 }
 RULES: Mapping[str, Rule] = {
     "LSTM": learned.lstm_rule(),

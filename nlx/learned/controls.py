@@ -44,7 +44,8 @@ def adam_rule(rate: float = 1e-2, b1: float = 0.9, b2: float = 0.999, eps: float
 
     def make(theta):
         b1, b2 = (jax.nn.sigmoid(theta[name]) for name in ("b1_logit", "b2_logit"))
-        adam = optax.scale_by_adam(b1, b2, jnp.exp(theta["log_eps"]))
+        # The smallest root: theta has a slope where a coordinate's gradients were all 0, as well.
+        adam = optax.scale_by_adam(b1, b2, jnp.exp(theta["log_eps"]), eps_root=1e-30)
         return _scaled(adam, theta["log_rate"])
 
     return Rule(_starting(start), make)

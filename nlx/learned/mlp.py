@@ -35,7 +35,7 @@ def mlp_rule(
     Features, each divided by its root mean square over the tensor: the gradient, the parameter,
     momenta of three decays, the averaged square and its inverse root, momenta over that root,
     Adafactor's row and column averages, their inverse roots, gradient and momenta scaled by the
-    factored root; and tanh(t / h) for eleven horizons h.
+    factored root; and tanh(t / h) for eleven horizons h (in their code tanh(t / h - 1)).
 
     hidden: units of a layer, >= 1. layers: hidden ones, >= 1. step, exponent: > 0.
     Raises ValueError for other sizes.

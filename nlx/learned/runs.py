@@ -93,8 +93,8 @@ def unrolled(
     A piece costs the mean of its steps.
     objective, second_order: see `train`; without second order as Andrychowicz et al. (2016) do.
     most: what a step costs that costs more, or no number: a run that diverges then tells `es` and
-    `pes` to keep away, where no number would spoil theta for good. It has no slope for
-    `backpropagation`. None: costs are as they are.
+    `pes` to keep away, where no number would spoil theta for good. The slope that
+    `backpropagation` takes through such a run may still be no number. None: costs are as they are.
     Raises ValueError for steps < 1, a horizon that isn't whole pieces, held-out loss of none, or a
     `most` that is no number.
     """

@@ -170,9 +170,23 @@ def test_what_was_learned_is_told_apart_from_what_is_tuned_by_hand():
 
 def test_an_edge_and_a_divergence_are_in_the_table():
     cells = [cell("SGD", [1.0, 2.0, 3.0, 4.0], edge=True), cell("Adam", [None, 1.0, 1.0, 1.0])]
-    said = table.shown(cells, EXAMS)
+    longer = {"quadratics": EXAMS["quadratics"]._replace(longer=1_000)}
+    said = table.shown(cells, longer)
+    assert "| mean after 100 | median | mean of the first 4 after 1,000 |" in said
     assert "| SGD | rate 0.1, on the edge | 2.5 | 2.5 | 1 |" in said
     assert "| Adam | rate 0.1 | diverges | 1 | 1 |" in said
+    said = table.shown(cells, EXAMS)  # whose runs are not made longer
+    assert "| SGD | rate 0.1, on the edge | 2.5 | 2.5 |\n" in said
+
+
+def test_the_same_runs_scored_anew_are_no_kind_of_their_own():
+    exams = EXAMS | {"quadratics, held out": EXAMS["quadratics"]}
+    costs = [1.0, 2.0, 3.0, 4.0]
+    cells = [cell("DMGD, coordinates", costs), trained("DMGD, learned", costs)]
+    for one in cells:
+        one["exams"] |= {"quadratics, held out": one["exams"]["quadratics"]}
+    said = table.shown(cells, exams)
+    assert "| DMGD, learned | DMGD, coordinates | quadratics | set by it | set by it |" in said
 
 
 @pytest.mark.slow
