@@ -12,9 +12,10 @@ takes      of a busy core: an optimizer by hand 1 to 2 minutes a kind, most of i
            to the end yet. Finished cells and thetas are kept, and meta-training goes on from its
            file
 expects    the LSTM ahead of all by hand in the mean of quadratics after 100 steps (0.213, heavy
-           ball 0.321), behind heavy ball in the median; on digits ahead of Adam (0.043, 0.060) and
-           of no use elsewhere; deep momentum that learns its memory at 0.029 on digits, and ahead
-           of the same by hand in ReLU networks and convolutions, not in the Transformer
+           ball 0.321), behind heavy ball in the median; on digits ahead of Adam (0.043, 0.060), in
+           larger or other networks and on quadratics of no use; deep momentum that learns its
+           memory at 0.029 on digits, ahead of the same by hand there; elsewhere ahead of it with
+           its usual inner rate, not of it with a memory at rest
 
 Plans of meta-training were chosen by pilots of one seed on problems of another draw (part 2), which
 are not reported on.
