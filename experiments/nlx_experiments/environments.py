@@ -7,8 +7,7 @@ while an agent lives. A lifetime is a number of steps: an episode that ends is f
 one, and the agent's memory goes on. It is told what it did last, what that brought, and whether an
 episode began.
 
-Source: Duan et al. (2016), RL^2, section 2.2 (what the agent is told, here with what it saw before;
-memory kept over episodes);
+Source: Duan et al. (2016), RL^2, section 2.2 (what the agent is told, memory kept over episodes);
 Lange (2022), gymnax (the form of `reset` and `step`).
 """
 
@@ -65,8 +64,8 @@ class World(NamedTuple):
 class Life(NamedTuple):
     """A lifetime under way.
 
-    percept: what is seen, what was seen before, the last action as one of so many, the reward that
-    it brought, and 1 where an episode begins; before the first action what is of it is 0.
+    percept: what is seen, the last action as one of so many, the reward that it brought, and 1
+    where an episode begins; before the first action what is of it is 0.
     """
 
     before: Params
@@ -74,7 +73,6 @@ class Life(NamedTuple):
     switch: Int[Array, ""]
     tick: Int[Array, ""]  # steps lived
     state: PyTree[Array]  # of the environment
-    observation: Float[Array, " o"]
     percept: Float[Array, " p"]
 
 
@@ -82,13 +80,14 @@ class Outcome(NamedTuple):
     """What a step brought."""
 
     reward: Float[Array, ""]
-    regret: Float[Array, ""]  # of the best policy's reward, less the expected one; NaN: not known
+    best: Float[Array, ""]  # what the best policy has in a step; NaN: not known
+    regret: Float[Array, ""]  # best, less the reward or, where it is known, its mean
     done: Bool[Array, ""]  # whether an episode ended
 
 
 def percept_size(environment: Environment) -> int:
     """Numbers that an agent is told at every step; see `Life`."""
-    return 2 * environment.observation + environment.actions + 2
+    return environment.observation + environment.actions + 2
 
 
 def begin(world: World, key: Array) -> Life:
@@ -101,7 +100,7 @@ def begin(world: World, key: Array) -> Life:
     observation, state = world.environment.reset(start, _params(before, after, switch, 0))
     rest = jnp.zeros(percept_size(world.environment) - len(observation) - 1)
     told = jnp.concatenate([observation, rest, jnp.ones(1)]).astype(jnp.float32)
-    return Life(before, after, switch, jnp.int32(0), state, observation, told)
+    return Life(before, after, switch, jnp.int32(0), state, told)
 
 
 def live(world: World, key: Array, life: Life, action: Int[Array, ""]) -> tuple[Life, Outcome]:
@@ -118,29 +117,30 @@ def live(world: World, key: Array, life: Life, action: Int[Array, ""]) -> tuple[
     anew = environment.reset(resetting, coming)
     choose = lambda new, old: jnp.where(done, new, old)
     observation, state = jax.tree.map(choose, anew, (observation, state))
-    best = jnp.float32(jnp.nan) if environment.best is None else environment.best(now)
+    best = jnp.float32(jnp.nan if environment.best is None else environment.best(now))
     regret = jnp.asarray(best - info.get("expected", reward), jnp.float32)
     acted = jax.nn.one_hot(action, environment.actions)
     rest = jnp.stack([reward, done.astype(jnp.float32)])
-    told = jnp.concatenate([observation, life.observation, acted, rest]).astype(jnp.float32)
-    after = life._replace(tick=life.tick + 1, state=state, observation=observation, percept=told)
-    return after, Outcome(reward, regret, done)
+    told = jnp.concatenate([observation, acted, rest]).astype(jnp.float32)
+    after = life._replace(tick=life.tick + 1, state=state, percept=told)
+    return after, Outcome(reward, best, regret, done)
 
 
-def padded(environment: Environment, actions: int, observation: int) -> Environment:
+def padded(environment: Environment, actions: int, observation: int, place: int = 0) -> Environment:
     """The same with more actions and longer observations, as other skills of an agent need them.
 
-    An action beyond its own means the one that is left when its own number is taken away as often
-    as can be; what an observation lacks is 0.
+    An action beyond its own means its remainder by their number. place: where its own observation
+    begins; all else in it is 0.
 
-    Raises ValueError where it has more of either.
+    Raises ValueError where they do not fit.
     """
-    if actions < environment.actions or observation < environment.observation:
+    own = environment.observation
+    if actions < environment.actions or not 0 <= place <= observation - own:
         raise ValueError(
-            f"`actions` is {actions} and `observation` {observation}; they must be at least "
-            f"{environment.actions} and {environment.observation}, the environment's own."
+            f"`actions` is {actions}, `observation` {observation} and `place` {place}; they must "
+            f"have room for the environment's own {environment.actions} and {own}."
         )
-    fill = lambda seen: jnp.pad(seen, (0, observation - environment.observation))
+    fill = lambda seen: jnp.pad(seen, (place, observation - own - place))
 
     def reset(key, params):
         seen, state = environment.reset(key, params)

@@ -63,11 +63,13 @@ class Learners(NamedTuple):
     """The functions of a training, over models m = rates x seeds.
 
     init(seeds) -> states: weights drawn from seeds [m].
+    start(seeds, weights) -> states: the same with weights [m] that are given, learning anew.
     learn(states, rates, keys, count) -> (states, rewards [m, count]): so many updates, and the mean
         reward of a step in each; count is static.
     """
 
     init: Callable[[Any], Learning]
+    start: Callable[[Any, PyTree[Array]], Learning]
     learn: Callable[..., tuple[Learning, Float[Array, "m n"]]]
 
 
@@ -152,11 +154,13 @@ def make(config: nn.ModelConfig | Recurrent, world: World, plan: Plan) -> Learne
         choose = lambda new, old: jnp.where(first, new, old)
         return jax.tree.map(choose, born(params), memory)
 
-    def init(seed: Array) -> Learning:
-        params = nnx.split(build(nnx.Rngs(jax.random.key(seed))))[1]
+    def start(seed: Array, params: PyTree[Array]) -> Learning:
         lives = begin(jax.random.split(jax.random.key(seed), count))
         state = train.init_train_state(params, rule(jnp.float32(0)))
         return Learning(state, lives, born(params), jnp.int32(0))
+
+    def init(seed: Array) -> Learning:
+        return start(seed, nnx.split(build(nnx.Rngs(jax.random.key(seed))))[1])
 
     def update(rate: Array, key: Array, now: Learning) -> tuple[Learning, Float[Array, ""]]:
         drawn, lived, shuffled = jax.random.split(jax.random.fold_in(key, now.done), 3)
@@ -196,7 +200,7 @@ def make(config: nn.ModelConfig | Recurrent, world: World, plan: Plan) -> Learne
         return jax.vmap(one)(states, rates, keys)
 
     compiled: Any = jax.jit(learn_all, static_argnums=3, donate_argnums=0)
-    return Learners(jax.jit(jax.vmap(init)), compiled)
+    return Learners(jax.jit(jax.vmap(init)), jax.jit(jax.vmap(start)), compiled)
 
 
 class Seen(NamedTuple):

@@ -60,12 +60,12 @@ def test_the_agent_is_told_its_action_the_reward_and_beginnings(key):
     world = mazes.walks("chain", mazes.memory_chain, (2, 2), 9)
     lives, outcomes = lived(world, key, [1, 0, 1, 0])
     sign = 2 * int(lives[0].state.sign) - 1
-    assert lives[0].percept.tolist() == [sign, 0, 0, 0, 0, 0, 0, 1]  # nothing before, a beginning
-    assert lives[1].percept.tolist() == [0, 0, sign, 0, 0, 1, 0, 0]
-    assert lives[2].percept.tolist() == [0, 1, 0, 0, 1, 0, 0, 0]  # it is asked for
+    assert lives[0].percept.tolist() == [sign, 0, 0, 0, 0, 1]  # nothing before, a beginning
+    assert lives[1].percept.tolist() == [0, 0, 0, 1, 0, 0]
+    assert lives[2].percept.tolist() == [0, 1, 1, 0, 0, 0]  # it is asked for
     reward = 1.0 if lives[2].state.sign == 1 else -1.0
     assert outcomes[2].reward == reward
-    assert lives[3].percept[2:].tolist() == [0, 1, 0, 1, reward, 1]
+    assert lives[3].percept[2:].tolist() == [0, 1, reward, 1]
     assert abs(lives[3].percept[0]) == 1  # the next episode's sign
     assert [bool(o.done) for o in outcomes] == [False, False, True, False]
     assert lives[3].state.place == 0
@@ -206,18 +206,20 @@ def test_actions_of_cart_pole_are_reversed_at_the_switch(key):
 
 def test_padding_changes_sizes_alone(key):
     small = mazes.memory_chain()
-    large = environments.padded(small, 5, 7)
+    large = environments.padded(small, 5, 7, 3)
     assert (large.actions, large.observation) == (5, 7)
     (seen, state), (longer, same) = (e.reset(key, jnp.int32(1)) for e in (small, large))
-    assert longer.tolist() == [*seen.tolist(), 0, 0, 0, 0, 0]
+    assert longer.tolist() == [0, 0, 0, *seen.tolist(), 0, 0]
+    assert same == state
     state = state._replace(place=jnp.int32(1))
     for action in range(5):
         own = small.step(key, state, action % 2, jnp.int32(1))
         other = large.step(key, state, action, jnp.int32(1))
         assert own[2] == other[2]
         assert other[0].shape == (7,)
-    with pytest.raises(ValueError, match="`actions` is 1 and `observation` 7; they must be at"):
-        environments.padded(small, 1, 7)
+    for sizes in ((1, 7, 0), (5, 7, 6), (5, 1, 0)):
+        with pytest.raises(ValueError, match="must have room for the environment's own 2 and 2"):
+            environments.padded(small, *sizes)
 
 
 def test_refusals_are_sentences(key):
