@@ -31,7 +31,7 @@ from nlx_experiments.console import StopRequest, say
 from nlx_experiments.errors import Stopped
 from nlx_experiments.sequence_experiment import PLACE, Options, check, compiled
 
-FULL = Size(32, 12_000, (3e-3, 1e-2), 5, 20, 256)
+FULL = Size(32, 16_000, (3e-3, 1e-2), 5, 20, 256)
 OF_GPU = FULL._replace(width=64, parameters=60_000, every=50, lifetimes=1024)
 TINY = Size(8, 1_500, (1e-2,), 2, 1, 4)
 MODELS = "hope", "gru", "transformer"

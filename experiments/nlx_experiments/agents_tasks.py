@@ -10,8 +10,6 @@ from nlx_experiments.agent import Recurrent
 from nlx_experiments.environments import World
 from nlx_experiments.ppo import Plan
 
-UPDATES = 60  # of all tasks
-
 
 class Size(NamedTuple):
     """Of all agents, and how often they are trained."""
@@ -27,7 +25,7 @@ class Size(NamedTuple):
 class Task(NamedTuple):
     """Worlds that are learned one after the other, mostly one, and worlds that are examined.
 
-    exams: title -> world; the first one also chooses weights and rates, on other lifetimes.
+    exams: title -> world. Weights and rates are chosen on lifetimes in the world trained on.
     """
 
     worlds: tuple[World, ...]
@@ -38,24 +36,22 @@ class Task(NamedTuple):
 
 def full() -> dict[str, Task]:
     """Lifetimes of 60 steps with a switch within the middle third; walks of up to 10 steps."""
-    plan = Plan(updates=UPDATES, lifetimes=16, segment=60)
+    plan = Plan(updates=60, lifetimes=16, segment=60)
     short = plan._replace(discount=0.8, trace=0.8)
+    mapped = plan._replace(updates=120, discount=0.5, trace=0.8)
+    balanced = plan._replace(updates=80, discount=0.95)
     when, times = (20, 39), (1, 2, 5, 10)
     return {
         "bandit": switching(lambda of: bandits.switching_bandit(5, 60, of), when, short),
-        "contexts": switching(
-            lambda of: bandits.switching_contexts(4, 3, 60, of),
-            when,
-            plan._replace(discount=0.5, trace=0.8),
-        ),
+        "contexts": switching(lambda of: bandits.switching_contexts(4, 3, 60, of), when, mapped),
         "goal": switching(lambda of: gridworld.switching_goal(5, 60, of), when, plan),
-        "compass": switching(lambda of: gridworld.switching_compass(5, 60, of), when, plan),
-        "cart-pole": switching(
-            lambda of: cartpole.switching_physics(60, of), when, plan._replace(discount=0.95)
+        "compass": switching(
+            lambda of: gridworld.switching_compass(5, 60, of), when, plan._replace(updates=100)
         ),
+        "cart-pole": switching(lambda of: cartpole.switching_physics(60, of), when, balanced),
         "t-maze": walked("t-maze", mazes.t_maze, 10, 60, plan, times),
         "memory chain": walked("memory chain", mazes.memory_chain, 10, 60, plan, times),
-        "skills": skills(60, short),
+        "skills": skills(60, short._replace(updates=50)),
     }
 
 
@@ -123,13 +119,14 @@ def models(task: Task, size: Size) -> dict[str, nn.ModelConfig | Recurrent]:
     """
     first = task.worlds[0].environment
     percept = environments.percept_size(first)
-    base: dict[str, Any] = dict(vocabulary=1, width=size.width, hidden=1, memory_hidden=8)
+    base: dict[str, Any] = dict(vocabulary=1, width=size.width, hidden=1)
     found = {
         "hope": nn.ModelConfig(
             mixer="self_modifying",
             feed_forward="cms",
             cms_periods=(1, 4),
-            heads=4,
+            heads=2,
+            memory_hidden=size.width // 2,
             layers=1,
             chunk_size=16,
             projection_chunk_size=16,
