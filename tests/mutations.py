@@ -1579,8 +1579,8 @@ MUTATIONS = (
     Mutation(
         "the episode that follows one in an agent's life",
         f"{EXPERIMENTS}/environments.py",
-        "observation, state = jax.tree.map(choose, anew, (observation, state))\n",
-        "",
+        "jax.tree.map(choose, anew, (observation, state))",
+        "(observation, state)",
         "experiments/test_environments.py",
     ),
     Mutation(
@@ -1614,8 +1614,8 @@ MUTATIONS = (
     Mutation(
         "the segments of the agents' GRU",
         f"{EXPERIMENTS}/agent.py",
-        "hidden = jnp.where(anew[:, None], 0, hidden)\n",
-        "",
+        "jnp.where(anew[:, None], 0, hidden)",
+        "hidden",
         "experiments/test_agent.py",
     ),
     Mutation(
