@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 from nlx_experiments import bandits, environments, mazes, ppo
 from nlx_experiments.agent import Agent, Recurrent
-from nlx_experiments.environments import World
+from nlx_experiments.environments import Environment, World
 from nlx_experiments.ppo import Plan, Segment
 
 from nlx import nn
@@ -122,6 +122,21 @@ def test_memory_and_lifetimes_go_on_through_segments_and_begin_anew_after_them()
     third, _ = learned(made, (1, 1, 1))
     assert third.lives.tick.tolist() == [[4] * 4]
     assert third.lives.state.sign.shape == (1, 4)
+
+
+def test_the_memory_is_that_of_the_whole_lifetime_so_far():
+    """In a world where nothing happens, at rate 0: what was told is known, the weights stay."""
+    nothing = lambda key, state, action, params: (jnp.zeros(1), state, 0.0, False, {})
+    still = Environment(lambda key, params: (jnp.zeros(1), 0), nothing, 0, 1, 1)
+    world = World("still", still, environments.constant(still), 8)
+    made = ppo.make(GRU, world, PLAN._replace(epochs=1, parts=1))
+    agent = ppo.agent_of(GRU, world, nnx.Rngs(jax.random.key(0)))
+    told = jnp.array([[[0.0, 0, 0, 1], *[[0, 1, 0, 0]] * 7]])
+    for updates, steps in (((1,), 4), ((1, 1), 8), ((1, 1, 1), 4)):
+        state, _ = learned(made, updates, (0.0,))
+        _, _, memory = agent(told[:, :steps], agent.init_state(1, 9))
+        found = state.memory[0].mixer.hidden[0, :1]
+        np.testing.assert_allclose(found, memory[0].mixer.hidden, atol=1e-5)
 
 
 def test_a_segment_is_replayed_from_the_state_at_its_start():
