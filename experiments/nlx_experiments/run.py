@@ -84,6 +84,7 @@ def experiment(argv: list[str]) -> None:
     """Runs a named experiment."""
     from nlx_experiments import (
         ablation,
+        agents,
         babilong,
         compare_optimizers,
         context,
@@ -107,6 +108,9 @@ def experiment(argv: list[str]) -> None:
         "ablation": (ablation.Ablation, ablation.main),
         "ablation-gpu": (ablation.Gpu, ablation.main),
         "ablation-tiny": (ablation.Tiny, ablation.main),
+        "agents": (agents.Agents, agents.main),
+        "agents-gpu": (agents.Gpu, agents.main),
+        "agents-tiny": (agents.Tiny, agents.main),
         "babilong": (babilong.Babilong, babilong.main),
         "babilong-gpu": (babilong.Gpu, babilong.main),
         "babilong-longer": (babilong.Longer, babilong.main),

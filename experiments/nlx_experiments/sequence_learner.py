@@ -163,17 +163,7 @@ def trainer(
     """
     shapes = nnx.eval_shape(lambda: build(nnx.Rngs(0)))
     graph, labels = nnx.graphdef(shapes), nn.labels_by_level(shapes)
-    clocks = nn.clocks_by_level(shapes)
-
-    def rule(rate: Array) -> optax.GradientTransformation:
-        def level(clock):
-            period = clock.period or 1
-            curve = lambda firing: rate * schedule(steps, decay)((firing + 1) * period)
-            own = optax.adam(curve, b2=0.99)
-            return own if period == 1 else optim.on_clock(own, clock)
-
-        levels: dict[Hashable, Any] = {name: level(clock) for name, clock in clocks.items()}
-        return optax.chain(optax.clip_by_global_norm(1.0), optax.partition(levels, labels))
+    rule = optimizer(shapes, steps=steps, decay=decay)
 
     def init(seed: Array) -> PyTree:
         params = nnx.split(build(nnx.Rngs(jax.random.key(seed))))[1]
@@ -191,6 +181,25 @@ def trainer(
 
     learn_all = jax.jit(jax.vmap(learn, in_axes=(0, 0, 0, None)), donate_argnums=0)
     return jax.jit(jax.vmap(init)), learn_all
+
+
+def optimizer(
+    shapes: nnx.Module, *, steps: int, decay: bool
+) -> Callable[[Array], optax.GradientTransformation]:
+    """The function rate -> rule of what a model of these shapes learns by; see `make`."""
+    labels, clocks = nn.labels_by_level(shapes), nn.clocks_by_level(shapes)
+
+    def rule(rate: Array) -> optax.GradientTransformation:
+        def level(clock):
+            period = clock.period or 1
+            curve = lambda firing: rate * schedule(steps, decay)((firing + 1) * period)
+            own = optax.adam(curve, b2=0.99)
+            return own if period == 1 else optim.on_clock(own, clock)
+
+        levels: dict[Hashable, Any] = {name: level(clock) for name, clock in clocks.items()}
+        return optax.chain(optax.clip_by_global_norm(1.0), optax.partition(levels, labels))
+
+    return rule
 
 
 def cross_entropy(

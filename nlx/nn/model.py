@@ -41,7 +41,7 @@ class LanguageModel(nnx.Module):
         self.config = config
         self.embedding = Embedding(config.vocabulary, config.width, rngs=rngs)
         mixers = config.mixers * (config.layers // len(config.mixers))
-        self.blocks = nnx.List([_block(config, mixer, rngs) for mixer in mixers])
+        self.blocks = nnx.List([make_block(config, mixer, rngs=rngs) for mixer in mixers])
         self.norm = RMSNorm(config.width)
         self.readout = (
             None
@@ -161,7 +161,8 @@ class LanguageModel(nnx.Module):
                 check_room(cache.position, x.shape[1], capacity)
 
 
-def _block(config: ModelConfig, mixer: MixerName, rngs: nnx.Rngs) -> Block:
+def make_block(config: ModelConfig, mixer: MixerName, *, rngs: nnx.Rngs) -> Block:
+    """A block of this mixer and the configuration's feed-forward, at its sizes."""
     clocks = [Clock(None)]
     if config.feed_forward == "cms":
         clocks = [Clock(period) for period in config.cms_periods]
