@@ -19,18 +19,19 @@ from nlx_experiments import config, loop
 PATIENCE = 120.0
 
 
-def small_run(folder: pathlib.Path) -> pathlib.Path:
-    """A small Hope after two steps on a small text; returns the run's folder."""
+def small_run(folder: pathlib.Path, width: int = 16) -> pathlib.Path:
+    """A DeltaNet, which is compiled in the least time, after two steps; returns the run's folder.
+
+    width: of which a user's memory is 2 width^2 bytes and some.
+    """
     texts = folder / "texts"
     texts.mkdir(parents=True)
     for n in range(9):
         (texts / f"{n}.txt").write_text("".join(f"{n} and {i}, " for i in range(90)))
-    sizes = dict(width=16, layers=1, heads=2, hidden=16, memory_hidden=4, chunk_size=8)
-    model = dataclasses.replace(
-        nn.preset("hope-tiny"), **sizes, projection_chunk_size=16, cms_periods=(1,)
-    )
+    sizes = dict(width=width, layers=1, heads=2, hidden=16)
+    model = dataclasses.replace(nn.preset("deltanet-tiny"), **sizes)
     made = config.make(
-        "hope-tiny",
+        "deltanet-tiny",
         model=model,
         run=folder / "run",
         data=(texts,),
