@@ -82,7 +82,10 @@ class Reader:
         piece: int = PIECE,
     ):
         """All slots are empty. slots: users at once, >= 1. piece: tokens read at once, >= 1."""
-        self.graph, self.weights = nnx.split(model)
+        self.graph, weights = nnx.split(model)
+        # What is put on a device is compiled for apart from what merely is there: all is put there.
+        self._device = jax.devices()[0]
+        self.weights = jax.device_put(weights, self._device)
         self.slots, self.piece, self.size = slots, piece, tokenizer.size
         self.levels = levels(model)
         row = jax.tree.map(lambda x: np.asarray(x[0]), model.init_state(1))
@@ -90,7 +93,7 @@ class Reader:
         self.capacity = model.config.context if grows(model) else None
         self.identity = identity(model)
         self.clear()
-        self._first = jax.tree.map(jnp.asarray, self.start.state)
+        self._first = jax.device_put(self.start.state, self._device)
         self._advance = jax.jit(self._all, donate_argnums=2)
         self._put = jax.jit(
             lambda state, row, slot: jax.tree.map(lambda x, r: x.at[slot].set(r), state, row),
@@ -105,8 +108,8 @@ class Reader:
 
     def clear(self) -> None:
         """Empties all slots."""
-        repeat = lambda x: jnp.repeat(jnp.asarray(x)[None], self.slots, 0)
-        self.state = jax.tree.map(repeat, self.start.state)
+        repeat = lambda x: np.repeat(x[None], self.slots, 0)
+        self.state = jax.device_put(jax.tree.map(repeat, self.start.state), self._device)
 
     def put(self, slot: int, state: PyTree[Any]) -> None:
         """A user's state into a slot."""

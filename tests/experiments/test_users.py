@@ -132,6 +132,20 @@ def test_a_user_is_read_to_as_the_model_reads(preset, tmp_path):
     assert int(last.memory.position) == 37 + 6
 
 
+def test_all_is_compiled_before_the_first_user(model):
+    made = Reader(model, slots=2, piece=4)
+    made.weights = jax.device_put(made.weights, jax.devices()[0])  # as a checkpoint's are
+    made.read(made.nothing())
+    for count in (4, 2, 0):
+        made.put(1, made.take(0))
+        asked = made.nothing()
+        asked.count[:], asked.watched[0] = count, count == 2
+        made.read(asked)
+    made.clear()
+    made.read(asked)
+    assert made._advance._cache_size() == 1
+
+
 def test_levels_are_measured(reader, users):
     assert [level.name for level in reader.levels][0] == "blocks.0.key"
     assert {level.name: level.period for level in reader.levels} == {
