@@ -5,10 +5,11 @@ A memory is a row of the model's state, apart from the weights, with the token t
 model reads it when the next one is known, so every token of a user is foretold, the first one too.
 
 A batch is no batched product. On a CPU the number of rows decides how a product is blocked, so the
-last bits of a row of eight are not those of the same row alone: measured with Hope, Titans, DeltaNet
-and a Transformer. Here `jax.lax.map` runs one program, of one row, slot after slot; by its form no
-slot can change another, whatever the device. An idle slot runs no branch and costs nothing. Against a batched product of eight rows (width 64, two layers, two cores) that is
-0.8 to 1.6 times the time of 32 tokens a row and 1.0 to 1.6 times that of one.
+last bits of a row of eight are not those of the same row alone: measured with Hope, Titans,
+DeltaNet and a Transformer. Here `jax.lax.map` runs one program, of one row, slot after slot; by its
+form no slot can change another, whatever the device. An idle slot runs no branch and costs nothing.
+Against a batched product of eight rows (width 64, two layers, two cores) that takes 0.8 to 1.6
+times as long for 32 tokens a row and 1.0 to 1.6 times for one.
 
 A slot that has a whole piece to read takes it at once, else its tokens one after the other. So what
 a user reads depends on how the user's own text was cut into requests, in its last bits, and on

@@ -10,6 +10,7 @@ import time
 
 import pytest
 from nlx_experiments import run as command
+from nlx_experiments import save_kills, soak
 from nlx_experiments.serve_process import Server, small_run
 
 
@@ -286,3 +287,22 @@ def test_a_port_in_use_gets_a_sentence(folder, server, tmp_path, capsys):
     assert "nothing can listen at 127.0.0.1" in capsys.readouterr().err
     assert command.main(["serve", str(folder), "--port", "0"]) == 2
     assert "where another process serves" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_killed_server_loses_nothing_that_was_remembered(tmp_path):
+    wrong, answered = save_kills.kill_servers(tmp_path, 2, seed=0)
+    assert wrong == []
+    assert answered > 4
+
+
+@pytest.mark.slow
+def test_a_short_soak_finds_all_as_it_must_be(folder, tmp_path):
+    options = soak.Soak(
+        run=folder, minutes=0.3, rate=40.0, users=24, held=4, every=1.0, place=tmp_path
+    )
+    found = soak.main(options)
+    assert found["wrong"] == []
+    assert (found["exit"], found["saved at the end"]) == (143, True)
+    assert found["statuses"]["200"] > 50
+    assert "resident MiB" in soak.shown(found)

@@ -87,7 +87,9 @@ def server(tmp_path_factory):
 def browser(tmp_path):
     process = subprocess.Popen([DRIVER, "--port=0"], stdout=subprocess.PIPE, text=True)
     try:
-        port = next(m[1] for line in process.stdout if (m := re.search(r"successfully on port (\d+)", line)))
+        port = next(
+            m[1] for line in process.stdout if (m := re.search(r"successfully on port (\d+)", line))
+        )
         made = Browser(port, tmp_path / "profile")
         yield made
         with contextlib.suppress(OSError):
