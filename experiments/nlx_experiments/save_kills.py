@@ -150,8 +150,11 @@ def kill_servers(folder: pathlib.Path, times: int, seed: int) -> tuple[list[str]
             with concurrent.futures.ThreadPoolExecutor(USERS) as pool:
                 for n in range(USERS):
                     pool.submit(remember, n)
+                enough = size_of(texts) + rng.randint(1, 30)
                 go.set()
-                time.sleep(rng.uniform(0.1, 1.0))
+                while size_of(texts) < enough and server.process.poll() is None:
+                    time.sleep(0.001)
+                time.sleep(rng.uniform(0.0, 0.03))
                 server.process.kill()
         with Server(run, "--memories", memories) as server:
             for n in range(USERS):  # the request under way is done or not
@@ -169,7 +172,7 @@ def kill_servers(folder: pathlib.Path, times: int, seed: int) -> tuple[list[str]
             expected = server.ask("POST", "/v1/generate", PROBE, token)[1]
             if (found["bits"], found["drawn"]) != (expected["bits"], expected["drawn"]):
                 wrong.append(f"user {n}: the memory foretells other than an undisturbed one")
-    return wrong, sum(map(len, texts))
+    return wrong, size_of(texts)
 
 
 def recovered(server: Server, tokens: list[str], texts: list[list[str]]) -> list[str]:
@@ -180,6 +183,11 @@ def recovered(server: Server, tokens: list[str], texts: list[list[str]]) -> list
         if status != 200 or value["position"] != size(texts[n]):
             wrong.append(f"user {n}: {status} {value}, remembered {size(texts[n])} tokens")
     return wrong
+
+
+def size_of(texts: list[list[str]]) -> int:
+    """How many texts there are."""
+    return sum(map(len, texts))
 
 
 def size(texts: list[str]) -> int:

@@ -293,7 +293,7 @@ def test_a_port_in_use_gets_a_sentence(folder, server, tmp_path, capsys):
 def test_a_killed_server_loses_nothing_that_was_remembered(tmp_path):
     wrong, answered = save_kills.kill_servers(tmp_path, 2, seed=0)
     assert wrong == []
-    assert answered > 4
+    assert answered >= 2
 
 
 @pytest.mark.slow
