@@ -27,6 +27,7 @@ from nlx_experiments.errors import Refused
 from nlx_experiments.user_memory import Memory
 
 ABSENT = "0" * 64
+GONE = "the user is no more."
 
 
 class Full(Exception):
@@ -111,9 +112,11 @@ class Users:
     def get(self, name: str) -> Memory:
         """The user's memory as it is now: what was put last, else what was saved, else the start.
 
-        Raises Refused where its file is damaged.
+        Raises Refused where its file is damaged, or the user is no more.
         """
         with self._lock:
+            if name not in self._proofs:
+                raise Refused(GONE)
             if name in self._near:
                 self._near.move_to_end(name)
                 return self._near[name]
@@ -133,7 +136,9 @@ class Users:
         return name in self._unsaved
 
     def save(self, name: str, memory: Memory) -> None:
-        """Writes a memory to the user's file, and makes it the user's. Raises OSError."""
+        """Writes a memory to the user's file, and makes it the user's. Raises OSError, Refused."""
+        if name not in self._proofs:
+            raise Refused(GONE)
         user_files.write(self._path(name, "memory"), memory, self.model)
         self.put(name, memory, saved=True)
 

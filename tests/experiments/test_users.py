@@ -294,6 +294,19 @@ def test_forgotten_is_forgotten_where_it_was_swapped(users):
     assert int(users.get(names[1]).position) == 0
 
 
+def test_nothing_is_kept_of_who_has_left(reader, users):
+    name = users.named(users.create())
+    with Batches(reader, users) as batches:
+        left = batches.do(name, lambda: users.remove(name))
+        late = batches.submit(Job(name, text(0, 3), save=True))
+        left.result(60)
+        with pytest.raises(Refused, match="the user is no more"):
+            late.result(60)
+    with pytest.raises(Refused, match="the user is no more"):
+        users.save(name, users.start)
+    assert not list(users.folder.glob("*.memory"))
+
+
 def test_all_are_saved_at_the_end(users):
     names = [users.named(users.create()) for _ in range(5)]
     for n, name in enumerate(names):
