@@ -255,7 +255,7 @@ def test_who_has_no_token_is_nobody(users):
 def test_a_name_that_matches_is_not_enough(users, monkeypatch):
     token = users.create()
     name = users.named(token)
-    users._proofs[name] = "0" * 64
+    users._proofs[name] = "1" * 64
     assert users.named(token) is None
 
 
