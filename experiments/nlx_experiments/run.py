@@ -4,6 +4,7 @@
     nlx train PRESET [--data PATH ...] [--run DIR] [--steps N] [--field value]
     nlx data OUT --source PATH ... [--tokenizer bpe --vocabulary N] [--huggingface NAME]
     nlx generate RUN --prompt TEXT
+    nlx serve RUN [--port N]
     nlx eval RUN NAME=FILE ...
     nlx inspect PRESET|OPTIMIZER|RUN [--text FILE]
     nlx run EXPERIMENT
@@ -20,6 +21,7 @@ before stays true.
 
 import contextlib
 import difflib
+import importlib.util
 import io
 import os
 import re
@@ -55,6 +57,15 @@ def generate(argv: list[str]) -> None:
     from nlx_experiments import generate as generation
 
     generation.main(parse(generation.Generate, argv, "nlx generate"))
+
+
+def serve(argv: list[str]) -> None:
+    """Serves a trained run to many users, each with a memory of their own."""
+    if importlib.util.find_spec("h11") is None:
+        raise Refused("`nlx serve` needs the package h11: pip install 'nlx[serve]'.")
+    from nlx_experiments import serve as serving
+
+    serving.main(parse(serving.Serve, argv, "nlx serve"))
 
 
 def prepare(argv: list[str]) -> None:
@@ -96,6 +107,7 @@ def experiment(argv: list[str]) -> None:
         laws,
         learned_optimizers,
         needle,
+        personalisation,
         pods,
         reasoning,
         recall,
@@ -139,6 +151,8 @@ def experiment(argv: list[str]) -> None:
         "needle-tiny": (needle.Tiny, needle.main),
         "optimizers": (compare_optimizers.CompareOptimizers, compare_optimizers.main),
         "optimizers-tiny": (compare_optimizers.Tiny, compare_optimizers.main),
+        "personalisation": (personalisation.Personalisation, personalisation.main),
+        "personalisation-tiny": (personalisation.Tiny, personalisation.main),
         "pods": (pods.Pods, pods.main),
         "pods-tiny": (pods.Tiny, pods.main),
         "reasoning": (reasoning.Reasoning, reasoning.main),
@@ -199,6 +213,7 @@ COMMANDS: Mapping[str, Command] = {
     "train": train,
     "data": prepare,
     "generate": generate,
+    "serve": serve,
     "eval": evaluate,
     "inspect": inspect,
     "run": experiment,

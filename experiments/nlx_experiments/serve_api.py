@@ -1,0 +1,348 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What `nlx serve` answers: users, and what is done with their memories, in JSON.
+
+    POST   /v1/users                                     -> 201 {token}: given once, it is the user
+    GET    /v1/model                                     -> the model, its levels, the limits
+    GET    /v1/memory                                    -> what the user has in memory
+    POST   /v1/prefill   {text, every?}                  reads a text into the memory
+    POST   /v1/remember  {text, every?}                  the same, and it is on disk when answered
+    POST   /v1/generate  {length, prompt?, temperature?, seed?, keep?, blank?, every?}
+    POST   /v1/save      {}                              the memory as it is lasts
+    POST   /v1/load      {}                              back to what was saved last
+    POST   /v1/forget    {}                              back to the start, the file removed
+    DELETE /v1/user                                      the user and the memory are no more
+
+All but the first two need `Authorization: Bearer TOKEN`, and touch that user's memory alone: there
+is no other way to name one. Whether a token is unknown, removed or malformed is not told apart.
+Pages of other sites can't use the server: `Host` and `Origin` must be its own.
+"""
+
+import asyncio
+import collections
+import dataclasses
+import hashlib
+import json
+import math
+import pathlib
+import re
+import time
+import traceback
+from base64 import b64encode
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from nlx_experiments.console import say
+from nlx_experiments.errors import Refused
+from nlx_experiments.generate import shown
+from nlx_experiments.serve_http import Reply, Request, refusal, told
+from nlx_experiments.tokenization import Tokenizer
+from nlx_experiments.user_batches import Batches, Busy, Closing, Done, Job, Late, TooLong
+from nlx_experiments.user_memory import Reader, finite
+from nlx_experiments.users import Full, Users
+
+PAGE = pathlib.Path(__file__).with_name("serve_page.html")
+SOON = ("retry-after", "1")
+READING: dict[str, Any] = {"text": str, "every": int}
+DRAWING: dict[str, Any] = {
+    "length": int, "prompt": str, "temperature": float, "seed": int, "keep": bool, "blank": bool,
+    "every": int,
+}  # fmt: skip
+
+
+class Bad(Exception):
+    """A request that can't be done: status, sentence."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Allowed:
+    """What one request may ask for."""
+
+    tokens: int = 8192
+    """To read or to draw."""
+    seconds: float = 60.0
+    """Until it is done."""
+    at_once: int = 4
+    """Requests of one user under way."""
+
+
+class Api:
+    """Answers requests for a model and its users."""
+
+    def __init__(
+        self,
+        called: str,
+        reader: Reader,
+        users: Users,
+        batches: Batches,
+        tokenizer: Tokenizer,
+        allowed: Allowed,
+        hosts: tuple[str, ...] | None,
+    ):
+        """called: the model's name. hosts: names the server goes by; None: any."""
+        self.called, self.reader, self.users, self.batches = called, reader, users, batches
+        self.tokenizer, self.allowed, self.hosts = tokenizer, allowed, hosts
+        self.at_once: collections.Counter[str] = collections.Counter()
+        self.page = page()
+        self.routes: dict[str, dict[str, Callable]] = {
+            "/": {"GET": self._page, "HEAD": self._page},
+            "/v1/model": {"GET": self._model},
+            "/v1/users": {"POST": self._create},
+            "/v1/user": {"DELETE": self._remove},
+            "/v1/memory": {"GET": self._memory},
+            "/v1/prefill": {"POST": self._prefill},
+            "/v1/remember": {"POST": self._remember},
+            "/v1/generate": {"POST": self._generate},
+            "/v1/save": {"POST": self._save},
+            "/v1/load": {"POST": self._load},
+            "/v1/forget": {"POST": self._forget},
+        }
+
+    async def __call__(self, request: Request) -> Reply:
+        """The answer; raises nothing but cancellation."""
+        try:
+            return await self._route(request)
+        except Bad as bad:
+            status, sentence = bad.args
+            more = [("www-authenticate", "Bearer")] if status == 401 else []
+            return refusal(status, sentence, *more)
+        except TooLong as full:
+            left = full.args[0]
+            sentence = f"the memory has room for {left} more tokens; forget, or ask for fewer."
+            return refusal(413, sentence)
+        except Full:
+            sentence = f"there are {self.users.limit:,} users, as many as there may be."
+            return refusal(503, sentence)
+        except Busy:
+            sentence = f"{self.batches.waiting} requests are waiting, as many as may; try again."
+            return refusal(503, sentence, SOON)
+        except Late:
+            limit = self.allowed.seconds
+            sentence = f"it was not done within {limit:g} s; the memory is as it was before."
+            return refusal(503, sentence, SOON)
+        except Closing:
+            return refusal(503, "the server is shutting down.", SOON)
+        except Refused as error:
+            return refusal(409, str(error))
+        except OSError as error:
+            sentence = f"the disk refused ({error.strerror}); the memory is as it was before."
+            return refusal(503, sentence)
+        except Exception:
+            say(f"A request to {request.path} failed:\n{traceback.format_exc()}")
+            return refusal(500, "the server failed; its log says how.")
+
+    async def _route(self, request: Request) -> Reply:
+        if self.hosts is not None:
+            host = request.headers.get("host", "")
+            if _name(host) not in self.hosts:
+                raise Bad(403, f"`Host` is {host!r}; it must be one of {', '.join(self.hosts)}.")
+            origin = request.headers.get("origin", f"http://{host}")
+            if origin != f"http://{host}":
+                raise Bad(403, f"`Origin` is {origin!r}; it must be this server's own page.")
+        methods = self.routes.get(request.path)
+        if methods is None:
+            raise Bad(
+                404, f"there is no {request.path[:80]!r}; there are {', '.join(self.routes)}."
+            )
+        if request.method not in methods:
+            allowed = ", ".join(methods)
+            sentence = f"{request.path} takes no {request.method[:20]}; it takes {allowed}."
+            return refusal(405, sentence, ("allow", allowed))
+        return await methods[request.method](request)
+
+    async def _page(self, request: Request) -> Reply:
+        return self.page
+
+    async def _model(self, request: Request) -> Reply:
+        levels = [{"name": level.name, "period": level.period} for level in self.reader.levels]
+        limits = dataclasses.asdict(self.allowed)
+        about = {"model": self.called, "bytes_per_user": self.reader.bytes, "levels": levels}
+        return told(200, about | {"capacity": self.reader.capacity, "limits": limits})
+
+    async def _create(self, request: Request) -> Reply:
+        _fields(request, {})
+        return told(201, {"token": await asyncio.to_thread(self.users.create)})
+
+    async def _memory(self, request: Request) -> Reply:
+        name = self._who(request)
+        position = lambda: int(self.users.get(name).position)
+        return told(200, self._held(name, await self._act(name, position)))
+
+    async def _prefill(self, request: Request) -> Reply:
+        return await self._read(request, save=False)
+
+    async def _remember(self, request: Request) -> Reply:
+        return await self._read(request, save=True)
+
+    async def _read(self, request: Request, save: bool) -> Reply:
+        name, given = self._who(request), _fields(request, READING)
+        if not given.get("text"):
+            raise Bad(400, "`text` is missing or empty; it must be what is to be read.")
+        tokens = await self._tokens("text", given["text"])
+        done = await self._done(Job(name, tokens, every=self._every(given), save=save))
+        return told(200, self._read_to(done, tokens) | self._held(name, done.memory.position))
+
+    async def _generate(self, request: Request) -> Reply:
+        name, given = self._who(request), _fields(request, DRAWING)
+        length = _number(given, "length", None, 1, self.allowed.tokens)
+        tokens = await self._tokens("prompt", given.get("prompt", ""))
+        keep, blank = given.get("keep", False), given.get("blank", False)
+        if keep and blank:
+            raise Bad(400, "`keep` and `blank` are both true; a blank memory can't be kept.")
+        job = Job(
+            name,
+            tokens,
+            length,
+            float(_number(given, "temperature", 0.8, 0, 100)),
+            _number(given, "seed", 0, 0, 2**31 - 1),
+            every=self._every(given),
+            keep=keep,
+            blank=blank,
+        )
+        done = await self._done(job)
+        text = b"".join(shown(token, self.tokenizer) for token in done.drawn)
+        made = {"text": text.decode(errors="replace"), "drawn": done.drawn}
+        position = await self._act(name, lambda: int(self.users.get(name).position))
+        return told(200, made | self._read_to(done, tokens) | self._held(name, position))
+
+    async def _save(self, request: Request) -> Reply:
+        name, _ = self._who(request), _fields(request, {})
+
+        def save() -> int:
+            memory = self.users.get(name)
+            self.users.save(name, memory)
+            return int(memory.position)
+
+        return told(200, self._held(name, await self._act(name, save)))
+
+    async def _load(self, request: Request) -> Reply:
+        name, _ = self._who(request), _fields(request, {})
+        position = await self._act(name, lambda: int(self.users.load(name).position))
+        return told(200, self._held(name, position))
+
+    async def _forget(self, request: Request) -> Reply:
+        name, _ = self._who(request), _fields(request, {})
+        await self._act(name, lambda: self.users.forget(name))
+        return told(200, self._held(name, 0))
+
+    async def _remove(self, request: Request) -> Reply:
+        name = self._who(request)
+        await self._act(name, lambda: self.users.remove(name))
+        return told(200, {"removed": True})
+
+    def _who(self, request: Request) -> str:
+        scheme, _, token = request.headers.get("authorization", "").partition(" ")
+        name = self.users.named(token.strip()) if scheme.lower() == "bearer" else None
+        if name is None:
+            raise Bad(401, "the token is missing or unknown; `POST /v1/users` gives one.")
+        return name
+
+    async def _tokens(self, field: str, text: str) -> np.ndarray:
+        """A text as tokens, as many as are allowed."""
+        if not text:
+            return np.zeros(0, int)
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise Bad(400, f"`{field}` holds half a surrogate pair; it must be text.") from None
+        tokens = np.asarray(await asyncio.to_thread(self.tokenizer.encode, text))
+        if tokens.size > self.allowed.tokens:
+            limit = self.allowed.tokens
+            raise Bad(
+                413, f"`{field}` is of {tokens.size:,} tokens; it must be of at most {limit:,}."
+            )
+        return tokens
+
+    def _every(self, given: Mapping[str, Any]) -> int | None:
+        every = _number(given, "every", 0, 1, self.reader.piece) if "every" in given else None
+        return every
+
+    async def _done(self, job: Job) -> Done:
+        job.deadline = time.monotonic() + self.allowed.seconds
+        return await self._alone(job.name, lambda: self.batches.submit(job))
+
+    async def _act(self, name: str, action: Callable[[], Any]) -> Any:
+        return await self._alone(name, lambda: self.batches.do(name, action))
+
+    async def _alone(self, name: str, begin: Callable) -> Any:
+        """Waits for a job of a user who has not too many under way."""
+        if self.at_once[name] >= self.allowed.at_once:
+            sentence = f"{self.allowed.at_once} requests of yours are under way, as many as may."
+            raise Bad(429, sentence)
+        self.at_once[name] += 1
+        try:
+            return await asyncio.shield(asyncio.wrap_future(begin()))
+        finally:
+            self.at_once[name] -= 1
+            if not self.at_once[name]:
+                del self.at_once[name]
+
+    def _read_to(self, done: Done, tokens: np.ndarray) -> dict[str, Any]:
+        """What was read, and what it cost."""
+        lengths = [len(self.tokenizer.pieces[token]) for token in tokens.tolist()]
+        mean = sum(done.bits) / max(1, sum(lengths))
+        return {
+            "bits": finite(np.array(done.bits)),
+            "lengths": lengths,
+            "bits_per_byte": round(mean, 4) if tokens.size and math.isfinite(mean) else None,
+            "levels": done.levels,
+        }
+
+    def _held(self, name: str, position: int) -> dict[str, Any]:
+        """What the user has in memory."""
+        return {"position": int(position), "unsaved": self.users.unsaved(name)}
+
+
+def page() -> Reply:
+    """The page, and the rule that nothing but its own script and style is run."""
+    content = PAGE.read_bytes()
+    rules = ["default-src 'none'", "connect-src 'self'", "img-src data:", "base-uri 'none'"]
+    rules += ["form-action 'none'", "frame-ancestors 'none'"]
+    for tag in ("script", "style"):
+        inner = re.findall(rf"<{tag}>(.*?)</{tag}>".encode(), content, re.DOTALL)
+        sums = " ".join(f"'sha256-{b64encode(hashlib.sha256(x).digest()).decode()}'" for x in inner)
+        rules.append(f"{tag}-src {sums}")
+    return Reply(200, content, "text/html", (("content-security-policy", "; ".join(rules)),))
+
+
+def _name(host: str) -> str:
+    """A `Host` without its port."""
+    return host.rpartition(":")[0] if re.search(r":\d*$", host) else host
+
+
+def _fields(request: Request, known: Mapping[str, Any]) -> dict[str, Any]:
+    """The JSON object of a request's body. Raises Bad."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":
+        raise Bad(400, f"`Content-Type` is {kind[:80]!r}; it must be application/json.")
+    try:
+        given = json.loads(request.body, parse_constant=_no_number)
+    except (ValueError, RecursionError) as error:
+        told_of = " ".join(str(error).split())[:120]
+        raise Bad(400, f"the body is not JSON ({told_of}).") from None
+    if not isinstance(given, dict):
+        raise Bad(400, f"the body is JSON's {type(given).__name__}; it must be an object.")
+    for name, value in given.items():
+        if name not in known:
+            listed = ", ".join(f"`{field}`" for field in known) or "no fields"
+            raise Bad(400, f"`{name[:40]}` is unknown; {request.path} takes {listed}.")
+        wanted = known[name]
+        fits = isinstance(value, (int, float) if wanted is float else wanted)
+        if not fits or (isinstance(value, bool) and wanted is not bool):
+            words = {str: "a text", int: "an integer", float: "a number", bool: "true or false"}
+            raise Bad(400, f"`{name}` is {json.dumps(value)[:40]}; it must be {words[wanted]}.")
+    return given
+
+
+def _number(given: Mapping[str, Any], name: str, default: Any, low: int, high: int) -> Any:
+    """A field within its range, both ends included. Raises Bad."""
+    if (value := given.get(name, default)) is None:
+        raise Bad(400, f"`{name}` is missing; it must be in [{low}, {high}].")
+    if not low <= value <= high:
+        raise Bad(400, f"`{name}` is {value}; it must be in [{low}, {high}].")
+    return value
+
+
+def _no_number(word: str) -> Any:
+    raise ValueError(f"{word} is no number of JSON's")
