@@ -158,8 +158,8 @@ def test_the_page_fits_a_small_screen_and_names_what_it_holds(server, browser):
     wide = "return document.documentElement.scrollWidth - document.documentElement.clientWidth"
     assert browser.run(wide) == 0
     unnamed = """return [...document.querySelectorAll('input, textarea, button, section')]
-    .filter(e => !(e.labels?.length || e.textContent.trim() || e.ariaLabel || e.ariaLabelledByElements?.length)
-    ).length"""
+    .filter(e => !(e.labels?.length || e.textContent.trim() || e.ariaLabel ||
+      e.ariaLabelledByElements?.length)).length"""
     assert browser.run(unnamed) == 0
     assert browser.run("return document.documentElement.lang") == "en"
 
