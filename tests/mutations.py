@@ -2336,7 +2336,8 @@ MUTATIONS = (
         "that a user's file takes its name whole",
         f"{EXPERIMENTS}/user_files.py",
         '    half = path.with_name(path.name + HALF)\n    try:\n        with open(half, "wb")',
-        '    half = path.with_name(path.name + HALF)\n    try:\n        half.write_bytes(b"")\n        with open(path, "wb")',
+        '    half = path.with_name(path.name + HALF)\n    try:\n        half.write_bytes(b"")\n'
+        '        with open(path, "wb")',
         "experiments/test_users.py",
     ),
     Mutation(
