@@ -157,9 +157,10 @@ def test_the_page_fits_a_small_screen_and_names_what_it_holds(server, browser):
     browser.resize(500, 900)
     wide = "return document.documentElement.scrollWidth - document.documentElement.clientWidth"
     assert browser.run(wide) == 0
-    unnamed = """return [...document.querySelectorAll('input, textarea, button, section')]
-    .filter(e => !(e.labels?.length || e.textContent.trim() || e.ariaLabel ||
-      e.ariaLabelledByElements?.length)).length"""
+    unnamed = """return [...document.querySelectorAll('input, textarea, button, section')].filter(
+      e =>
+      !(e.labels?.length || e.textContent.trim() || e.ariaLabel || e.ariaLabelledByElements?.length)
+    ).length"""
     assert browser.run(unnamed) == 0
     assert browser.run("return document.documentElement.lang") == "en"
 

@@ -219,6 +219,8 @@ def test_too_many_jobs_are_refused_and_the_others_done_in_order(reader, users):
         last = batches.submit(Job(name, text(0, 3)))
         with pytest.raises(Busy):
             batches.submit(Job(name, text(0, 3)))
+        time.sleep(0.2)
+        assert seen == []
         go.set()
         assert len(last.result(300).bits) == 3
     assert held.done()
