@@ -4,7 +4,9 @@
     nlx serve runs/hope-tiny --port 8321
 
 Then http://127.0.0.1:8321/ is a page to watch a memory change as it reads; what programs can ask
-is in `serve_api`. SIGTERM or SIGINT ends it: answers that are due are given, all memories saved.
+is in `serve_api`. A user's memory is what mixers carry; blocks of a continuum memory system do not
+learn here (`nlx.nn.in_context`). SIGTERM or SIGINT ends it: answers that are due are given, all
+memories saved.
 """
 
 import asyncio

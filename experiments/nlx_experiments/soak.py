@@ -151,6 +151,7 @@ class Client:
 
 def main(options: Soak) -> dict[str, Any]:
     """Asks for so long; writes results/serve-soak.json and the README's lines."""
+    environment = runs.environment()  # of what is run, not of what has changed since
     with tempfile.TemporaryDirectory() as temporary:
         run = options.run or small_run(pathlib.Path(temporary) / "small")
         flags = ("--memories", pathlib.Path(temporary) / "users", "--held", options.held)
@@ -163,7 +164,7 @@ def main(options: Soak) -> dict[str, Any]:
     asked = {
         name: getattr(options, name) for name in ("minutes", "rate", "clients", "users", "held")
     }
-    results = {"environment": runs.environment(), "asked": asked} | found
+    results = {"environment": environment, "asked": asked} | found
     runs.write_json(folder / "serve-soak.json", results)
     text = shown(results)
     if options.place == PLACE:
