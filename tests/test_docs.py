@@ -1,9 +1,14 @@
 """Pages whose code `make docs` runs: all of it is marked to run, short, and ends in a picture."""
 
+import importlib.util
+import inspect
 import pathlib
 import re
+import types
 
 import pytest
+
+from nlx import level, objectives
 
 DOCS = pathlib.Path(__file__).parents[1] / "docs"
 BLOCK = re.compile(r"```python([^\n]*)\n(.*?)```", re.DOTALL)
@@ -58,3 +63,39 @@ def test_every_public_name_is_in_the_reference():
         for module, name in re.findall(r"^from (\S+) import (\w+) as", init, re.MULTILINE):
             shown = f"::: {module}.{name}" in reference.splitlines()
             assert shown or name == "tasks", name
+
+
+@pytest.fixture(scope="module")
+def docstrings():
+    spec = importlib.util.spec_from_file_location("docstrings", DOCS / "docstrings.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_reference_shows_formulas_as_written(docstrings):
+    shown = docstrings.markdown(inspect.getdoc(objectives.dot_product))
+    assert "-&lt;output, value&gt;" in shown
+    assert docstrings.markdown("`w <- w`; a w* <- 2 w*") == "`w <- w`; a w&#42; &lt;- 2 w&#42;"
+    assert docstrings.markdown("Sum.\n\n    a < b") == "Sum.\n\n    a < b"
+
+
+def test_the_reference_takes_an_argument_for_no_admonition(docstrings):
+    assert docstrings.markdown("Rule.\n\nrate: > 0,\n    or None.") == (
+        "Rule.\n\nrate: &gt; 0,\nor None."
+    )
+    section = "Layer.\n\nArgs:\n  x: inputs,\n    normalised.\n\n  state: as returned."
+    assert docstrings.markdown(section) == section
+
+
+def test_the_reference_explains_the_fields_of_a_named_tuple(docstrings):
+    source = [line.strip() for line in inspect.getsource(level.Association).splitlines()]
+    named = {line.split(":")[0]: [line] for line in source if "  # " in line}
+    docstring = types.SimpleNamespace(value="One tick's context.")
+    members = {name: types.SimpleNamespace(lines=lines) for name, lines in named.items()}
+    known = types.SimpleNamespace(
+        docstring=docstring, is_class=True, bases=["NamedTuple"], attributes=members
+    )
+    docstrings.Readable().on_object(obj=known)
+    assert "Attributes:\n    key: what to store under\n    value:" in docstring.value
+    assert "    rate: &gt;= 0, inner learning rate; None: 1" in docstring.value
