@@ -26,9 +26,11 @@ from nlx_experiments.tokenization import Tokenizer
 class Eval:
     """Scores a trained run on files of multiple choice and of last words."""
 
-    run: Annotated[pathlib.Path, tyro.conf.Positional]
+    run: Annotated[pathlib.Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """Folder of a run, finished or not."""
-    choices: Annotated[tuple[str, ...], tyro.conf.Positional]
+    choices: Annotated[
+        tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="NAME=FILE ...")
+    ]
     """NAME=FILE: a format (piqa, hellaswag, winogrande, arc_easy, arc_challenge, social_iqa, boolq,
     lambada) and a file as it is published."""
     batch: int = multiple.BATCH

@@ -11,8 +11,10 @@ fields and the step. Nothing in it is executed when it is read.
 import dataclasses
 import json
 import pathlib
+from typing import Annotated
 
 import jax
+import tyro
 
 from nlx_experiments import config, learner, weights
 from nlx_experiments.console import say
@@ -22,7 +24,7 @@ from nlx_experiments.console import say
 class Export:
     """Writes the weights of a run's newest checkpoint as a .safetensors file."""
 
-    run: pathlib.Path
+    run: Annotated[pathlib.Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """Folder of the run."""
     out: pathlib.Path | None = None
     """The file; model.safetensors in the run's folder by default."""

@@ -24,7 +24,7 @@ from nlx_experiments.tokenization import BYTES, Tokenizer
 class Generate:
     """Continues a prompt with the model of a run, token by token."""
 
-    run: Annotated[pathlib.Path, tyro.conf.Positional]
+    run: Annotated[pathlib.Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """Folder of a run, finished or not."""
     prompt: str = "def "
     """What comes first; nothing begins a new file."""

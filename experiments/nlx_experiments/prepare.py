@@ -21,9 +21,10 @@ import json
 import pathlib
 import zlib
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
+import tyro
 
 # An extension module, which pyright cannot see into.
 from array_record.python import array_record_module  # pyright: ignore[reportAttributeAccessIssue]
@@ -43,7 +44,7 @@ LINES = (".jsonl", ".jsonl.gz")
 class Prepare:
     """Writes token shards that `nlx train --data` reads."""
 
-    out: pathlib.Path
+    out: Annotated[pathlib.Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
     """The folder to write."""
     source: tuple[pathlib.Path, ...] = ()
     """Files and folders of text, and .jsonl or .jsonl.gz files."""

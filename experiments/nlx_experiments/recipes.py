@@ -6,7 +6,9 @@ import math
 import pathlib
 import re
 import shlex
-from typing import Literal, NamedTuple, get_args
+from typing import Annotated, Literal, NamedTuple, get_args
+
+import tyro
 
 from nlx_experiments.errors import Refused
 
@@ -44,7 +46,7 @@ MARGIN = 10  # minutes before the end of its time at which a run saves and leave
 class Launch:
     """Writes a recipe that trains a preset on many devices."""
 
-    preset: str
+    preset: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PRESET")]
     """What to train."""
     target: Target
     """Who runs it."""

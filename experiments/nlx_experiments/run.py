@@ -42,9 +42,9 @@ def train(argv: list[str]) -> None:
     """Trains a preset, or goes on where it was stopped."""
     from nlx_experiments import config, hosts, loop
 
-    name = _first(argv, "train", "PRESET", default="hope-tiny")
-    default = config.make(name)
-    chosen = parse(config.TrainConfig, argv[1:], f"nlx train {name}", default)
+    name, flags = _first(argv, "train", "PRESET")
+    default = config.make(name or "hope-tiny")
+    chosen = parse(config.TrainConfig, flags, f"nlx train {name or 'PRESET'}", default)
     code = hosts.supervised(chosen.hosts, ["train", *argv])
     if code is None:
         loop.train(chosen)
@@ -72,8 +72,8 @@ def prepare(argv: list[str]) -> None:
     """Writes text, JSON lines or a Hugging Face dataset as token shards."""
     from nlx_experiments import prepare as preparation
 
-    out = _first(argv, "data", "OUT", default="shards")
-    preparation.main(parse(preparation.Prepare, [*argv[1:], "--out", out], f"nlx data {out}"))
+    _first(argv, "data", "OUT")
+    preparation.main(parse(preparation.Prepare, argv, "nlx data"))
 
 
 def evaluate(argv: list[str]) -> None:
@@ -87,12 +87,59 @@ def inspect(argv: list[str]) -> None:
     """Shows the levels of a preset, an optimizer or a run, and what a run does with a text."""
     from nlx_experiments import whitebox
 
-    _first(argv, "inspect", "PRESET, OPTIMIZER or RUN", default="hope-tiny")
+    _first(argv, "inspect", "PRESET, OPTIMIZER or RUN")
     whitebox.main(parse(whitebox.Inspect, argv, "nlx inspect"))
 
 
 def experiment(argv: list[str]) -> None:
     """Runs a named experiment."""
+    name, flags = _first(argv, "run", "EXPERIMENT")
+    experiments = _experiments()
+    if name is None:
+        lines = [f"  {name:21s}{_summary(kind)}" for name, (kind, _) in experiments.items()]
+        told = "usage: nlx run EXPERIMENT ... ; nlx run EXPERIMENT --help says more"
+        print("\n".join([told, *lines]))
+        return
+    if name not in experiments:
+        raise Refused(_unknown("experiment", name, experiments))
+    options, main = experiments[name]
+    main(parse(options, flags, f"nlx run {name}"))
+
+
+def bench(argv: list[str]) -> None:
+    """Times the ops, or compiles them for a GPU that is not there."""
+    from nlx_experiments import bench as benchmark
+
+    benchmark.main(parse(benchmark.Bench, argv, "nlx bench"))
+
+
+def compile_step(argv: list[str]) -> None:
+    """Compiles a training step for a slice of TPUs that is not there."""
+    from nlx_experiments import config, pod
+
+    name, flags = _first(argv, "compile", "PRESET")
+    default = config.make(name or "hope-tiny", kind=pod.Compile)
+    pod.main(parse(pod.Compile, flags, f"nlx compile {name or 'PRESET'}", default))
+
+
+def export(argv: list[str]) -> None:
+    """Writes a run's weights as a .safetensors file."""
+    from nlx_experiments import export as exporting
+
+    _first(argv, "export", "RUN")
+    exporting.main(parse(exporting.Export, argv, "nlx export"))
+
+
+def launch(argv: list[str]) -> None:
+    """Writes the recipe that trains a preset on a cluster."""
+    from nlx_experiments import launch as launching
+
+    _first(argv, "launch", "PRESET")
+    launching.main(parse(launching.Launch, argv, "nlx launch"))
+
+
+def _experiments() -> dict[str, tuple[type, Callable[[Any], Any]]]:
+    """By name, what an experiment is told and what runs it."""
     from nlx_experiments import (
         ablation,
         agents,
@@ -116,7 +163,7 @@ def experiment(argv: list[str]) -> None:
         stream,
     )
 
-    experiments = {
+    return {
         "ablation": (ablation.Ablation, ablation.main),
         "ablation-gpu": (ablation.Gpu, ablation.main),
         "ablation-tiny": (ablation.Tiny, ablation.main),
@@ -169,44 +216,11 @@ def experiment(argv: list[str]) -> None:
         "stream": (stream.Stream, stream.main),
         "stream-tiny": (stream.Tiny, stream.main),
     }
-    name = _first(argv, "run", "EXPERIMENT", default="demo")
-    if name not in experiments:
-        raise Refused(_unknown("experiment", name, experiments))
-    options, main = experiments[name]
-    main(parse(options, argv[1:], f"nlx run {name}"))
 
 
-def bench(argv: list[str]) -> None:
-    """Times the ops, or compiles them for a GPU that is not there."""
-    from nlx_experiments import bench as benchmark
-
-    benchmark.main(parse(benchmark.Bench, argv, "nlx bench"))
-
-
-def compile_step(argv: list[str]) -> None:
-    """Compiles a training step for a slice of TPUs that is not there."""
-    from nlx_experiments import config, pod
-
-    name = _first(argv, "compile", "PRESET", default="hope-tiny")
-    default = config.make(name, kind=pod.Compile)
-    pod.main(parse(pod.Compile, argv[1:], f"nlx compile {name}", default))
-
-
-def export(argv: list[str]) -> None:
-    """Writes a run's weights as a .safetensors file."""
-    from nlx_experiments import export as exporting
-
-    name = _first(argv, "export", "RUN", default="runs/hope-tiny")
-    exporting.main(parse(exporting.Export, [*argv[1:], "--run", name], f"nlx export {name}"))
-
-
-def launch(argv: list[str]) -> None:
-    """Writes the recipe that trains a preset on a cluster."""
-    from nlx_experiments import launch as launching
-
-    name = _first(argv, "launch", "PRESET", default="hope-tiny")
-    argv = [*argv[1:], "--preset", name]
-    launching.main(parse(launching.Launch, argv, f"nlx launch {name}"))
+def _summary(kind: type) -> str:
+    """The first paragraph of a docstring, on one line."""
+    return " ".join((kind.__doc__ or "").split("\n\n")[0].split())
 
 
 COMMANDS: Mapping[str, Command] = {
@@ -261,13 +275,12 @@ def _usage() -> str:
     return "\n".join(["usage: nlx COMMAND ... ; nlx COMMAND --help says more", *lines])
 
 
-def _first(argv: list[str], command: str, what: str, default: str | None = None) -> str:
-    """The word after the command; `default` stands in for it only to print a help text."""
+def _first(argv: list[str], command: str, what: str) -> tuple[str | None, list[str]]:
+    """The word after the command and the rest; None where a help text is asked for in its place."""
     if argv and not argv[0].startswith("-"):
-        return argv[0]
-    if default is not None and argv and argv[0] in ("-h", "--help"):
-        argv.insert(0, default)
-        return default
+        return argv[0], argv[1:]
+    if argv and argv[0] in ("-h", "--help"):
+        return None, argv
     raise Refused(f"`nlx {command}` needs a name first: nlx {command} {what}.")
 
 

@@ -34,7 +34,7 @@ NAMES = ("127.0.0.1", "localhost", "[::1]")
 class Serve:
     """Serves the model of a run to many users, each with a memory of their own."""
 
-    run: Annotated[pathlib.Path, tyro.conf.Positional]
+    run: Annotated[pathlib.Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """Folder of a run, finished or not."""
     port: int = 8321
     """Where it listens; 0: any free port, which is told."""

@@ -36,7 +36,7 @@ KERNEL = (64, 32)  # an optimizer is shown for one kernel of this shape
 class Inspect:
     """Shows the levels of a preset, an optimizer or a run; of a run, also what it does."""
 
-    name: Annotated[str, tyro.conf.Positional]
+    name: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PRESET|OPTIMIZER|RUN")]
     """A preset, an optimizer of nlx.optim, or the folder of a run."""
     text: pathlib.Path | None = None
     """What the run reads: a file, of which the first bytes count; else its held-out text."""

@@ -87,6 +87,26 @@ def test_help_is_printed(capsys):
     assert "--model.width" in capsys.readouterr().out
 
 
+def test_help_of_run_lists_the_experiments(capsys):
+    assert run.main(["run", "--help"]) == 0
+    out = capsys.readouterr().out
+    for name in run._experiments():
+        assert re.search(rf"^  {name} +\w.*[.?]$", out, re.MULTILINE), name
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["train", "data", "generate", "serve", "eval", "inspect", "export", "compile", "launch"],
+)
+def test_help_names_the_word_that_a_command_needs(command, capsys):
+    with pytest.raises(SystemExit) as left:
+        run.main([command, "--help"])
+    assert left.value.code == 0
+    out = capsys.readouterr().out
+    told = re.search(rf"nlx {command} (\S+)", run.__doc__)[1]
+    assert told in out.split("\n\n")[0]
+
+
 def test_ctrl_c_leaves_no_traceback(monkeypatch, capsys):
     def interrupted(argv):
         raise KeyboardInterrupt
