@@ -18,6 +18,7 @@ from rich.text import Text
 from nlx_experiments import hosts
 
 AT_ONCE = 0.5  # seconds within which two signals are one request
+COMPILING = "compiling the training step, if it is not kept; Ctrl-C saves after the first one"
 
 
 def say(sentence: str) -> None:
@@ -54,7 +55,8 @@ class Lines:
         self.name, self.steps = name, steps
 
     def __enter__(self) -> "Lines":
-        """Returns itself."""
+        """Says why nothing comes for a while."""
+        say(f"{self.name}  {COMPILING}")
         return self
 
     def __exit__(self, *error: Any) -> None:
@@ -87,7 +89,7 @@ class Bar:
         shown = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
         self.progress = Progress(*shown, TimeRemainingColumn())
         self.task = self.progress.add_task(name, total=steps, completed=done)
-        self.live = Live(Group(self.progress, Text("compiling")), refresh_per_second=4)
+        self.live = Live(Group(self.progress, Text(COMPILING)), refresh_per_second=4)
 
     def __enter__(self) -> "Bar":
         """Draws the bar."""

@@ -113,7 +113,8 @@ def make(config: TrainConfig) -> Learner:
         return call
 
     def first() -> TrainState:
-        state = begin()
+        # Committed to their device, as what is restored is: a step is compiled for either kind.
+        state = begin() if mesh else jax.device_put(begin(), jax.devices()[0])
         if config.init_from is None:
             return state
         place = lambda array, leaf: jax.make_array_from_callback(
@@ -127,7 +128,7 @@ def make(config: TrainConfig) -> Learner:
         on_mesh(lambda params, *rows: score(params, *jax.tree.map(place, rows))),
         nn.parameter_count(shapes),
         _own_rows(config, made.rows),
-        lambda value: value if mesh is None else jax.device_put(value, made.whole),
+        lambda value: jax.device_put(value, made.whole or jax.devices()[0]),
     )
 
 

@@ -24,6 +24,7 @@ import difflib
 import importlib.util
 import io
 import os
+import pathlib
 import re
 import signal
 import sys
@@ -47,7 +48,10 @@ def train(argv: list[str]) -> None:
     chosen = parse(config.TrainConfig, flags, f"nlx train {name or 'PRESET'}", default)
     code = hosts.supervised(chosen.hosts, ["train", *argv])
     if code is None:
-        loop.train(chosen)
+        try:
+            loop.train(chosen)
+        except KeyboardInterrupt:  # the second signal, or one before there is anything to save
+            raise Stopped(_left(chosen.folder), signal.SIGINT) from None
     elif code:
         sys.exit(code)
 
@@ -216,6 +220,16 @@ def _experiments() -> dict[str, tuple[type, Callable[[Any], Any]]]:
         "stream": (stream.Stream, stream.main),
         "stream-tiny": (stream.Tiny, stream.main),
     }
+
+
+def _left(folder: pathlib.Path) -> str:
+    """What is there of a training that was left at once."""
+    steps = [int(path.name) for path in folder.glob("checkpoints/*") if path.name.isdigit()]
+    if not steps:
+        return f"Stopped before anything was saved in {folder}; the same command begins anew."
+    return (
+        f"Stopped; step {max(steps)} is saved in {folder}, and the same command goes on from there."
+    )
 
 
 def _summary(kind: type) -> str:

@@ -8,7 +8,7 @@ import subprocess
 import time
 
 import pytest
-from nlx_experiments import console, damage, faults, hosts, learner, run, runs
+from nlx_experiments import console, damage, faults, hosts, learner, loop, run, runs
 
 
 @pytest.fixture(autouse=True)
@@ -116,6 +116,20 @@ def test_ctrl_c_leaves_no_traceback(monkeypatch, capsys):
     assert capsys.readouterr().err == "nlx: stopped.\n"
 
 
+def test_a_training_that_is_left_at_once_says_what_is_saved(monkeypatch, capsys, tmp_path):
+    def interrupted(config):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop, "train", interrupted)
+    words = ["train", "transformer++-tiny", "--run", str(tmp_path)]
+    assert run.main(words) == 130
+    assert "before anything was saved" in capsys.readouterr().out
+    for name in ("20", "100", "120.orbax-checkpoint-tmp"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    assert run.main(words) == 130
+    assert "Stopped; step 100 is saved in" in capsys.readouterr().out
+
+
 def test_one_signal_that_comes_by_two_ways_is_one_request(monkeypatch):
     monkeypatch.setenv(hosts.CHILD, "1")
     with console.StopRequest() as stop:
@@ -144,6 +158,7 @@ def test_progress_shows_its_numbers(kind, capsys):
     with kind(*arguments) as shown:
         shown.show(120, 2.34567, 12345.6, {"outer": 0.0123, "cms_0": 4.5e-4})
     out = capsys.readouterr().out
+    assert kind is console.Bar or console.COMPILING in out
     for part in ("hope", "120/500", "2.346 bits/byte", "12,346 tokens/s", "cms_0 4.5e-04"):
         assert part in out
 

@@ -208,6 +208,18 @@ def test_resume_is_bitwise(chosen, unbroken, monkeypatch):
     assert faults.differences(unbroken[0].folder, chosen.folder, STEPS) == []
 
 
+def test_going_on_finds_the_step_compiled(chosen, unbroken):
+    """What is restored lies as what is begun: else jax compiles another step for it."""
+    functions = learner.make(chosen)
+    lies = lambda array: (array.committed, array.sharding, array.weak_type, array.dtype)
+    with checkpoints.Checkpoints(
+        unbroken[0].folder / "checkpoints", keep=None, say=console.say
+    ) as saved:
+        restored, _ = loop._resume(chosen, functions, saved, console.say)
+    assert jax.tree.map(lies, restored) == jax.tree.map(lies, functions.init())
+    assert int(restored.step) == STEPS
+
+
 def test_a_last_save_that_fails_is_told(chosen, monkeypatch):
     stop_at(monkeypatch, 3, signal.SIGTERM)
 
