@@ -58,7 +58,8 @@ def levels(thing: Any, params: Any = None) -> list[Row]:
     `nest`, one for each of its `heads`. An optimizer: the functions `level` and `nest` among
     its closures, one for each leaf of `params`. The order is 0 for what learns from
     batches or not at all; in a context, tokens or gradients, it is the rank of the level's
-    frequency in its nest, the slowest being 1.
+    frequency in its nest, the slowest being 1. Of a model the rows that learn from batches add up
+    to its parameters; the others count what the memories of each text hold.
 
     thing: a Flax NNX module, or any optax transformation. params: what the optimizer is for.
     Raises TypeError for anything else, and for an optimizer without `params`.
