@@ -6,8 +6,8 @@ command    nlx run pods [--only LINE ...]
 shows      what one step takes of a chip's memory, what devices send each other, the least time and
            the largest share of the peak (`pod.py`): models of 1.3 billion parameters on 64 and 256
            chips, one of 7 billion on 512, and hope-340m on 4 to 512 chips; on paper to 6,144
-takes      one to nine minutes a line on two busy cores, 23 for 7 billion. A line that is stopped
-           begins anew, finished ones are kept
+takes      two to twelve minutes a line on one core, an hour and a half in all. A line that is
+           stopped begins anew, finished ones are kept
 expects    every line fits its chips, and nothing is exchanged at a chunk; what is sent is a tenth
            more than on paper, of which embeddings, gathered and summed in float32, are most
 
