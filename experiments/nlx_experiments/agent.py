@@ -15,10 +15,11 @@ from nlx import nn
 from nlx.clock import Clock
 from nlx.nn.checks import check_call
 from nlx.nn.feedforward import SwiGLU
-from nlx.nn.linear import check_sizes, normal
+from nlx.nn.linear import Linear, check_sizes, normal
 from nlx.nn.model import make_block
 from nlx.nn.norm import RMSNorm
 
+FIRST_CODE = 0.5  # of an encoder: about four of the numbers that are told at a step are 1
 FIRST_SCORES = 0.01  # of an agent that has learned nothing: it tries all actions alike
 
 
@@ -85,9 +86,11 @@ class GRU(nnx.Module):
 
 
 class Agent(nnx.Module):
-    """x = p W;  x = block(x), ...;  scores = RMSNorm(x) W_policy,  value = RMSNorm(x) W_value.
+    """x = silu(p W_1) W_2;  x = block(x), ...;  scores = RMSNorm(x) W_policy,  value likewise.
 
-    One code path for a lifetime whole, in pieces, or step by step.
+    What is told at a step, p, is made into one vector before any block sees it, so that a block may
+    be shown what action and reward mean together. One code path for a lifetime whole, in pieces, or
+    step by step.
     """
 
     def __init__(
@@ -100,7 +103,8 @@ class Agent(nnx.Module):
         """
         check_sizes(percept=percept, actions=actions)
         width = config.width
-        self.encoder = normal(rngs, (percept, width), (None, "embed"), 1.0)
+        self.encoder = normal(rngs, (percept, 2 * width), (None, "mlp"), FIRST_CODE)
+        self.encoded = Linear(2 * width, width, ("mlp", "embed"), rngs=rngs)
         self.blocks = nnx.List(_blocks(config, rngs))
         self.norm = RMSNorm(width)
         scale = FIRST_SCORES * width**-0.5
@@ -115,7 +119,8 @@ class Agent(nnx.Module):
         self, percepts: Float[Array, "b t p"], state: tuple[nn.BlockState, ...]
     ) -> tuple[Float[Array, "b t a"], Float[Array, "b t"], tuple[nn.BlockState, ...]]:
         """Scores of the actions (log-probabilities up to a constant), values, the state after."""
-        x, after = percepts @ self.encoder[...], []
+        x = self.encoded(jax.nn.silu(percepts @ self.encoder[...]))
+        after = []
         for block, carried in zip(self.blocks, state, strict=True):
             x, carried = block(x, carried)
             after.append(carried)

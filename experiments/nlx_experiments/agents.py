@@ -14,9 +14,10 @@ expects    not run to the end yet: nothing is known of regret. In pilots the GRU
            and the T-maze, Hope the T-maze (of two seeds one at ten times the length, the other at
            78 % there); in the one that compared them, contexts, Hope was behind the GRU
 
-All models have as many parameters within 1 %, the same lifetimes side by side, updates, seeds and
-two learning rates, of which validation lifetimes choose. Lifetimes that are reported on were lived
-for nothing else and are the same for all models. They are told what they did last, what it brought
+All models have as many parameters within 1 %, the same lifetimes side by side, updates and seeds.
+Rivals have two learning rates, of which validation lifetimes choose, Hope the higher one only, as
+its steps cost most. Lifetimes that are reported on were lived for nothing else and are the same for
+all models. They are told what they did last, what it brought
 and whether an episode began, nothing of the switch; it is drawn while they are trained and stands
 in the middle of a lifetime that is examined.
 """
@@ -34,9 +35,9 @@ from nlx_experiments.console import StopRequest, say
 from nlx_experiments.errors import Stopped
 from nlx_experiments.sequence_experiment import PLACE, Options, check, compiled
 
-FULL = Size(32, 16_000, (3e-3, 1e-2), 5, 20, 256)
-OF_GPU = FULL._replace(width=64, parameters=60_000, every=50, lifetimes=1024)
-TINY = Size(8, 1_500, (1e-2,), 2, 1, 4)
+FULL = Size(32, 18_000, (3e-3, 1e-2), 5, 20, 256)
+OF_GPU = FULL._replace(width=64, parameters=66_000, every=50, lifetimes=1024)
+TINY = Size(8, 1_700, (1e-2,), 2, 1, 4)
 MODELS = "hope", "gru", "transformer"
 
 
@@ -85,11 +86,12 @@ def main(options: Agents) -> dict[str, Any]:
         for title, task in tasks.items():
             found = {}
             for model, config in agents_tasks.models(task, size).items():
-                what = contest.identity((title, model), task, size, config)
+                tried = size._replace(rates=size.rates[-1:]) if model == "hope" else size
+                what = contest.identity((title, model), task, tried, config)
                 wanted = not options.only or title in options.only
                 wanted &= not options.models or model in options.models
                 if wanted and what not in store.known:
-                    record = _cell(f"{title}, {model}", task, size, config, stop)
+                    record = _cell(f"{title}, {model}", task, tried, config, stop)
                     store.add({"what": what, **record})
                 if what in (known := before | store.known):
                     found[model] = known[what]

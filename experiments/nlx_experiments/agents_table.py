@@ -34,7 +34,7 @@ def shown(results: Results, tasks: Mapping[str, Task]) -> str:
         for rate, found in record["rates"].items()
     ]
     columns = ["task", "model", "rate", "validation", "parameters", "seconds"]
-    parts += ["The whole grid; seconds are of both rates together:"]
+    parts += ["The whole grid; seconds are of all rates together:"]
     return "\n\n".join([*parts, report.Table("", columns, rows).markdown()])
 
 

@@ -35,15 +35,21 @@ class Task(NamedTuple):
 
 
 def full() -> dict[str, Task]:
-    """Lifetimes of 60 steps with a switch within the middle third; walks of up to 10 steps."""
+    """Lifetimes of 60 or 120 steps with a switch within the middle third; walks of up to 10 steps.
+
+    In the bandit of many contexts what comes next does not depend on what is done: an action is
+    worth its own reward (discount 0).
+    """
     plan = Plan(updates=60, lifetimes=16, segment=60)
     short = plan._replace(discount=0.8, trace=0.8)
-    mapped = plan._replace(updates=120, discount=0.5, trace=0.8)
+    many = Plan(updates=200, lifetimes=64, segment=120, epochs=2, discount=0.0, trace=0.0)
     balanced = plan._replace(updates=80, discount=0.95)
     when, times = (20, 39), (1, 2, 5, 10)
     return {
         "bandit": switching(lambda of: bandits.switching_bandit(5, 60, of), when, short),
-        "contexts": switching(lambda of: bandits.switching_contexts(4, 3, 60, of), when, mapped),
+        "contexts": switching(
+            lambda of: bandits.switching_contexts((1, 12), 3, 120, of), (40, 79), many
+        ),
         "goal": switching(lambda of: gridworld.switching_goal(5, 60, of), when, plan),
         "compass": switching(
             lambda of: gridworld.switching_compass(5, 60, of), when, plan._replace(updates=100)
@@ -115,9 +121,11 @@ def skills(length: int, plan: Plan) -> Task:
 def models(task: Task, size: Size) -> dict[str, nn.ModelConfig | Recurrent]:
     """Hope and its rivals, brought to one number of parameters.
 
-    Where what is seen once must last for long, Hope's memories forget nothing.
+    Hope's memories are written at every step, so that the next action knows of it. Where what is
+    seen once must last for long they forget nothing, and are written every 16 steps.
     """
     first = task.worlds[0].environment
+    every = 16 if task.kind == "memory" else 1
     percept = environments.percept_size(first)
     base: dict[str, Any] = dict(vocabulary=1, width=size.width, hidden=1)
     found = {
@@ -128,10 +136,11 @@ def models(task: Task, size: Size) -> dict[str, nn.ModelConfig | Recurrent]:
             heads=2,
             memory_hidden=size.width // 2,
             layers=1,
-            chunk_size=16,
-            projection_chunk_size=16,
-            **base,
+            chunk_size=every,
+            projection_chunk_size=every,
+            momentum=task.kind == "memory",
             retain=task.kind != "memory",
+            **base,
         ),
         "gru": Recurrent(width=size.width, layers=1, hidden=1),
         "transformer": nn.ModelConfig(

@@ -89,7 +89,7 @@ def test_a_new_agent_tries_all_actions_alike():
 
 def test_agents_are_brought_to_one_size():
     for config in CONFIGS.values():
-        found = agents.equal(config, 5, 3, 1_500)
-        assert abs(agents.count(found, 5, 3) - 1_500) <= 15
+        found = agents.equal(config, 5, 3, 1_800)
+        assert abs(agents.count(found, 5, 3) - 1_800) <= 18
     with pytest.raises(ValueError, match="`parameters` is 100; it must be at least .* for Recurr"):
         agents.equal(CONFIGS["gru"], 5, 3, 100)

@@ -13,7 +13,7 @@ from nlx_experiments.errors import Refused
 
 WORLDS = {
     "bandit": bandits.switching_bandit(4, 12, (4, 8)),
-    "contexts": bandits.switching_contexts(3, 4, 12, (4, 8)),
+    "contexts": bandits.switching_contexts((1, 3), 4, 12, (4, 8)),
     "goal": gridworld.switching_goal(3, 12, (4, 8)),
     "compass": gridworld.switching_compass(5, 12, (4, 8)),
     "cart-pole": cartpole.switching_physics(12, (4, 8)),
@@ -103,20 +103,28 @@ def test_the_good_arm_is_another_one_after_the_switch(key):
 
 
 def test_every_context_has_an_arm_of_its_own_that_moves(key):
-    world = bandits.switching_contexts(4, 3, 10, (5, 5))
+    world = bandits.switching_contexts((1, 4), 3, 10, (5, 5))
     before, after = jax.vmap(world.draw)(jax.random.split(key, 40))
-    for chances in (before, after):
+    for chances in (before.chances, after.chances):
         np.testing.assert_array_equal(np.sort(chances, 2), np.tile([0, 0, 1], (40, 4, 1)))
-    assert np.all(before.argmax(2) != after.argmax(2))
-    assert any(len(set(row.tolist())) > 1 for row in before.argmax(2))
+    good = lambda params: params.chances.argmax(-1)
+    assert np.all(good(before) != good(after))
+    assert any(len(set(row.tolist())) > 1 for row in good(before))
+    np.testing.assert_array_equal(before.shown, after.shown)
+    assert set(before.shown.tolist()) == {1, 2, 3, 4}
+    first, then = (jax.tree.map(lambda z: z[0], params) for params in (before, after))
     for n in range(3):
         shown = jnp.int32(n)
-        reward = world.environment.step(key, shown, before[0, n].argmax(), before[0])[2]
-        assert reward == 1
-        assert world.environment.step(key, shown, after[0, n].argmax(), before[0])[2] == 0
-    assert world.environment.best(before[0]) == 1
-    seen = jax.vmap(lambda key: world.environment.reset(key, before[0])[1])
-    assert set(seen(jax.random.split(key, 60)).tolist()) == {0, 1, 2, 3}
+        assert world.environment.step(key, shown, good(first)[n], first)[2] == 1
+        assert world.environment.step(key, shown, good(then)[n], first)[2] == 0
+    assert world.environment.best(first) == 1
+    halves = bandits.Contexts(jnp.array([[0.2, 0.4], [0.8, 0.1], [1.0, 1.0]]), jnp.int32(2))
+    three = bandits.contextual_bandit(3, 2)
+    np.testing.assert_allclose(three.best(halves), 0.6)  # of the two that occur
+    for number in (1, 2, 4):
+        occur = first._replace(shown=jnp.int32(number))
+        seen = jax.vmap(lambda key, occur=occur: world.environment.reset(key, occur)[1])
+        assert set(seen(jax.random.split(key, 60)).tolist()) == set(range(number))
 
 
 def test_a_room_by_hand():
@@ -226,7 +234,9 @@ def test_refusals_are_sentences(key):
     with pytest.raises(ValueError, match="`arms` is 1; it must be an integer >= 2"):
         bandits.switching_bandit(1, 10, (5, 5))
     with pytest.raises(ValueError, match="`arms` is 1; it must be an integer >= 2"):
-        bandits.switching_contexts(3, 1, 10, (5, 5))
+        bandits.switching_contexts((1, 3), 1, 10, (5, 5))
+    with pytest.raises(ValueError, match=r"`contexts` is \(3, 2\); it must be the least, >= 1"):
+        bandits.switching_contexts((3, 2), 2, 10, (5, 5))
     with pytest.raises(ValueError, match="`size` is 4; it must be an odd integer >= 3"):
         gridworld.gridworld(4)
     with pytest.raises(ValueError, match=r"`lengths` is \(3, 2\); it must be two integers >= 1"):
