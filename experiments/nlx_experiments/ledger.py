@@ -6,14 +6,22 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-KINDS = ("start", "compile", "data", "step", "save", "evaluation")
+KINDS = ("start", "compile", "data", "step", "save", "evaluation", "lost")
 
 
 class Ledger:
     """Seconds by what they were spent on; what is on no line is "rest"."""
 
-    def __init__(self, before: Mapping[str, Any] | None = None, since: float | None = None):
+    def __init__(
+        self,
+        before: Mapping[str, Any] | None = None,
+        since: float | None = None,
+        lost: float = 0.0,
+    ):
         """before: what `told` said when the run was stopped, to go on from.
+
+        lost: seconds that the run went on after `before` was written, until it was killed; what it
+        did in them is done again.
 
         since: when the command began, of `time.monotonic`; what went by since is "start": reading
         the text, meeting other processes, restoring. None: now.
@@ -23,7 +31,8 @@ class Ledger:
         held = (before or {}).get("seconds", {})
         self.seconds = {kind: float(held.get(kind, 0)) for kind in KINDS}
         self.seconds["start"] += now - since
-        self.began = since - float((before or {}).get("total", 0))
+        self.seconds["lost"] += lost
+        self.began = since - float((before or {}).get("total", 0)) - lost
 
     @contextlib.contextmanager
     def spent(self, kind: str) -> Iterator[None]:

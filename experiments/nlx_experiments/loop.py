@@ -97,7 +97,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
             hosts.by_first(lambda: runs.note_environment(run, say))
             own = dataset if functions.rows is None else mixed(rows=functions.rows)
             batches = batching.batches(own, position, config.workers)
-            ledger, done = Ledger(run.read("time"), begun), int(state.step)
+            ledger, done = Ledger(run.read("time"), begun, _lost(run)), int(state.step)
             told = configs.to_json(config)
             make = lambda: [loggers.make(name, run.folder, told) for name in config.log]
             others = hosts.by_first(make) or []
@@ -207,6 +207,13 @@ def _segments(config: TrainConfig, tokens: Tokens, rows: np.ndarray) -> np.ndarr
     if not config.pack:
         return None
     return np.cumsum(rows == tokens.tokenizer.separator, axis=1, dtype=np.int32)
+
+
+def _lost(run: Run) -> float:
+    """Seconds between the last save, or a run's beginning, and the last step told before a kill."""
+    at = {path.name: path.stat().st_mtime for path in run.folder.glob("*.json*")}
+    saved = at.get("time.json", at.get("corpus.json"))
+    return 0.0 if saved is None else max(0.0, at.get("metrics.jsonl", saved) - saved)
 
 
 def _cache_compilations(folder: pathlib.Path) -> None:

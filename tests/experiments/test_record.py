@@ -4,6 +4,7 @@
 import dataclasses
 import hashlib
 import json
+import os
 import sys
 import types
 
@@ -104,6 +105,27 @@ def test_a_ledger_goes_on_where_it_was(monkeypatch):
         clock[0] += 4
     assert again.told()["seconds"] == told["seconds"] | {"save": 4}
     assert (again.told()["total"], again.told()["goodput"]) == (8, 0.375)
+    killed = Ledger(told, lost=2.0).told()
+    assert killed["seconds"] == told["seconds"] | {"lost": 2}
+    assert (killed["total"], killed["goodput"]) == (6, 0.5)
+
+
+def test_what_a_kill_lost_is_read_from_the_ages_of_files(tmp_path):
+    with runs.Run(tmp_path) as run:
+        assert loop._lost(run) == 0
+
+        def write(name, second):
+            (tmp_path / name).write_text("{}")
+            os.utime(tmp_path / name, (second, second))
+
+        write("corpus.json", 100)
+        assert loop._lost(run) == 0
+        write("metrics.jsonl", 130)
+        assert loop._lost(run) == 30  # killed before it was saved
+        write("time.json", 125)
+        assert loop._lost(run) == 5
+        write("time.json", 131)  # saved, then left
+        assert loop._lost(run) == 0
 
 
 def test_a_streak_of_skipped_steps_rolls_no_good_checkpoint_away(texts, tmp_path, monkeypatch):
