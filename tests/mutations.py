@@ -2593,6 +2593,34 @@ MUTATIONS = (
         "found[0]",
         "experiments/test_personalisation.py",
     ),
+    Mutation(
+        "that only contexts that occur are shown to an agent",
+        f"{EXPERIMENTS}/bandits.py",
+        "randint(key, (), 0, params.shown)",
+        "randint(key, (), 0, contexts)",
+        "experiments/test_environments.py",
+    ),
+    Mutation(
+        "the encoder of what an agent is told",
+        f"{EXPERIMENTS}/agent.py",
+        "jax.nn.silu(percepts @ self.encoder[...])",
+        "percepts @ self.encoder[...]",
+        "experiments/test_agent.py",
+    ),
+    Mutation(
+        "that goodput knows what a kill lost",
+        f"{EXPERIMENTS}/ledger.py",
+        'self.seconds["lost"] += lost',
+        "pass",
+        "experiments/test_record.py",
+    ),
+    Mutation(
+        "that a fresh state is committed to its device as a restored one is",
+        LEARNER,
+        "begin() if mesh else jax.device_put(begin(), jax.devices()[0])",
+        "begin()",
+        OF_TRAIN,
+    ),
 )
 
 

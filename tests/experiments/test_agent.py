@@ -79,6 +79,19 @@ def test_a_gru_begins_anew_with_a_segment_and_refuses_as_mixers_do():
         GRU(0, rngs=nnx.Rngs(0))
 
 
+def test_an_agent_is_what_its_equations_say():
+    agent = Agent(CONFIGS["gru"], 5, 3, rngs=nnx.Rngs(0))
+    percepts = jax.random.normal(jax.random.key(0), (1, 4, 5))
+    scores, values, _ = agent(percepts, agent.init_state(1, 4))
+    told = np.asarray(percepts) @ np.asarray(agent.encoder[...])
+    x = (told / (1 + np.exp(-told))) @ np.asarray(agent.encoded.kernel[...])
+    for block in agent.blocks:
+        x, _ = block(x)
+    x = np.asarray(agent.norm(x))
+    np.testing.assert_allclose(scores, x @ np.asarray(agent.policy[...]), atol=1e-6)
+    np.testing.assert_allclose(values, (x @ np.asarray(agent.value[...]))[..., 0], atol=1e-6)
+
+
 def test_a_new_agent_tries_all_actions_alike():
     agent = Agent(CONFIGS["gru"], 5, 3, rngs=nnx.Rngs(0))
     scores, values, _ = agent(jnp.ones((1, 6, 5)), agent.init_state(1, 6))
