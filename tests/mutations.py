@@ -1532,7 +1532,7 @@ MUTATIONS = (
         f"{EXPERIMENTS}/ppo.py",
         "start = take(started(params, first, memory))",
         "start = take(memory)",
-        "experiments/test_ppo.py",
+        "experiments/test_ppo.py::test_where_a_memory_begins_is_learned",
     ),
     Mutation(
         "the discount of what comes in an agent's advantages",
@@ -1672,7 +1672,7 @@ MUTATIONS = (
         "nlx/nn/model.py",
         "        if self.config.remat:\n",
         "        if False:\n",
-        "nlx/nn/test_model.py",
+        "nlx/nn/test_model.py::test_remat_keeps_less_and_changes_nothing",
     ),
     Mutation(
         "the length of a choice in acc_norm",
@@ -2642,7 +2642,8 @@ def caught_by(mutation: Mutation) -> str | None:
         edited.write_text(text.replace(mutation.old, mutation.new, 1))
         paths = (copy, copy / "kernels", copy / "experiments")
         run = subprocess.run(
-            [sys.executable, "-m", "pytest", "-x", "-q", "-m", "not slow", "-p", "no:cacheprovider",
+            [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider",
+             "-m", "slow or not slow" if "::" in mutation.tests else "not slow",
              f"tests/{mutation.tests}"],
             cwd=copy,
             env=os.environ | {"PYTHONPATH": os.pathsep.join(map(str, paths))},

@@ -36,7 +36,9 @@ def test_both_tasks_are_compared_with_the_papers_columns():
     assert "55 (50 to 60) / 55 (50 to 60) | +40.0 ± 0.0 | yes | 56.5 (-1.6) |" in text
 
 
-@pytest.mark.parametrize("size", [ablation.FULL, ablation.OF_GPU])
+@pytest.mark.parametrize(
+    "size", [ablation.FULL, pytest.param(ablation.OF_GPU, marks=pytest.mark.slow)]
+)
 def test_every_row_of_the_ablation_takes_one_thing_away(size):
     made = ablation.variants(256, size)
     assert list(made) == list(ablation.PAPER)

@@ -65,6 +65,7 @@ def test_the_check_against_the_reference_finds_a_difference():
     assert bench_fla._distance(one["dk"], changed["dk"]) > 5e-3
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not ahead_of_time.available(), reason='needs libtpu: pip install "nlx[aot]"')
 def test_ahead_of_time_for_tpus(tmp_path):
     options = bench.Bench(

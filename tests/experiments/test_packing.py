@@ -60,7 +60,9 @@ def test_the_fullest_row_with_room_is_taken():
     assert plan.starts.tolist() == [0, 10, 6, 12, 16]
 
 
-@pytest.mark.parametrize("preset", ["deltanet-tiny", "hope-tiny"])
+@pytest.mark.parametrize(
+    "preset", ["deltanet-tiny", pytest.param("hope-tiny", marks=pytest.mark.slow)]
+)
 def test_a_packed_batch_costs_what_its_documents_cost(preset):
     small = dict(width=16, layers=1, heads=2, hidden=16, chunk_size=4, projection_chunk_size=4)
     config = dataclasses.replace(nn.preset(preset), **small)

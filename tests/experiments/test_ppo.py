@@ -161,6 +161,7 @@ def test_a_segment_is_replayed_from_the_state_at_its_start():
         memory = after
 
 
+@pytest.mark.slow
 def test_where_a_memory_begins_is_learned():
     """Hope's first weights get gradients where a lifetime begins."""
     made = ppo.make(HOPE, CHAIN, PLAN._replace(segment=8, epochs=1, parts=1))

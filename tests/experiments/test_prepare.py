@@ -354,6 +354,7 @@ def test_workers_give_the_same_batches(tmp_path, lines, pack):
     several.close()
 
 
+@pytest.mark.slow
 def test_training_on_packed_mixtures_resumes_to_the_bit(tmp_path, lines, monkeypatch):
     made(tmp_path / "one", lines)
     other = tmp_path / "other.jsonl"

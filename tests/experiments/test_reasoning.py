@@ -112,7 +112,9 @@ def test_held_out_bins_choose_nothing_and_are_examined():
     assert record["steps"] < 80  # it ends once all is right, whatever the held-out bin says
 
 
-@pytest.mark.parametrize("size", [reasoning.FULL, reasoning.OF_GPU])
+@pytest.mark.parametrize(
+    "size", [reasoning.FULL, pytest.param(reasoning.OF_GPU, marks=pytest.mark.slow)]
+)
 def test_levels_are_one_architecture_of_equal_parameters(size):
     rows = reasoning.full(10, (0.1, 1.0), size)
     told = rows["functions"].models

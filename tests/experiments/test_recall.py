@@ -11,8 +11,8 @@ from nlx import nn
     ("options", "name", "steps"),
     [
         (recall.Recall(), "recall", 800),
-        (recall.Longer(), "recall-longer", 3200),
-        (recall.Gpu(), "recall-gpu", 5000),
+        pytest.param(recall.Longer(), "recall-longer", 3200, marks=pytest.mark.slow),
+        pytest.param(recall.Gpu(), "recall-gpu", 5000, marks=pytest.mark.slow),
     ],
 )
 def test_every_size_has_a_table_of_its_own(options, name, steps, monkeypatch):

@@ -184,10 +184,11 @@ def test_percent_is_100_only_where_every_row_is_right():
     "name",
     [
         "state-tracking",
-        pytest.param("recall", marks=pytest.mark.slow),
-        pytest.param("ablation", marks=pytest.mark.slow),
+        "recall",
+        "ablation",
     ],
 )
+@pytest.mark.slow
 def test_the_tiny_experiment_runs(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert run.main(["run", f"{name}-tiny"]) == 0

@@ -156,6 +156,7 @@ def arguments(t=256):
     return dict.fromkeys("qkv", token) | dict.fromkeys(names, gate)
 
 
+@pytest.mark.slow
 def test_kernels_compile_as_last_recorded(compiled):
     """Both passes, as chosen by None; `nlx bench --record` writes what is compared with."""
 

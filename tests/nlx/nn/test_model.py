@@ -210,6 +210,7 @@ def test_blocks_alone_are_checked_as_the_model_is():
         model.mix(x, state)
 
 
+@pytest.mark.slow
 def test_remat_keeps_less_and_changes_nothing():
     """Of four layers the backward pass is given what stands between them, and little more; with a
     policy the products too."""
