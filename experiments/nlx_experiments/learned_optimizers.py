@@ -7,10 +7,9 @@ shows      what problems cost after 100 and 1,000 steps (`learned_tasks.py`), of
            (`nlx.learned`) that were meta-trained for 100 steps on one kind of problem, and of
            optimizers made by hand at the best of 33 rates for that kind; on that kind and others
 takes      of a busy core: an optimizer by hand 1 to 2 minutes a kind, most of it compiling; to
-           meta-train the LSTM on quadratics 2 minutes a seed, on digits 5, DMGD 1 to 2, and as much
-           again to examine them. The MLP, momentum, Adam, hypergradients and the bandit are not run
-           to the end yet. Finished cells and thetas are kept, and meta-training goes on from its
-           file
+           meta-train the LSTM on quadratics 2 minutes a seed, on digits 5, all else 2 at most; and
+           as much again to examine it. Finished cells and thetas are kept, and meta-training goes
+           on from its file
 expects    the LSTM ahead of all by hand in the mean of quadratics after 100 steps (0.213, heavy
            ball 0.321), behind heavy ball in the median; on digits ahead of Adam (0.043, 0.060), in
            larger or other networks and on quadratics of no use; deep momentum that learns its
