@@ -2621,6 +2621,13 @@ MUTATIONS = (
         "begin()",
         OF_TRAIN,
     ),
+    Mutation(
+        "a learned deep momentum that does not precondition",
+        "nlx/learned/controls.py",
+        "optim.scale_by_second_moment() if precondition else optax.identity()",
+        "optim.scale_by_second_moment()",
+        "nlx/learned/test_rules.py",
+    ),
 )
 
 

@@ -120,6 +120,12 @@ def test_the_mlp_reads_the_features_that_it_says(x64):
             learned.dmgd_rule(0.02, inner_lr=0.2, retention=0.9, decay=0.8, hidden=4),
             optim.dmgd(0.02, 0.8, memory="coordinates", hidden=(4,), inner_lr=0.2, retention=0.9),
         ),
+        (
+            learned.dmgd_rule(0.02, hidden=4, precondition=False),
+            optim.dmgd(
+                0.02, 0.9, memory="coordinates", hidden=(4,), retention=0.999, precondition=False
+            ),
+        ),
     ],
 )
 def test_where_learning_begins_rules_are_the_known_ones(x64, rule, known):
