@@ -18,7 +18,7 @@ from rich.text import Text
 from nlx_experiments import hosts
 
 AT_ONCE = 0.5  # seconds within which two signals are one request
-COMPILING = "compiling the training step, if it is not kept; Ctrl-C saves after the first one"
+COMPILING = "compiling the training step, if it is not kept; Ctrl-C saves after the first step"
 
 
 def say(sentence: str) -> None:

@@ -187,7 +187,7 @@ def page(root: pathlib.Path = ROOT) -> str:
         for row in EQUATIONS[paper]:
             them = dict.fromkeys(f for n in numbers(row.numbers) for f in where.get((paper, n), ()))
             told = ", ".join(f"`{name}` in {path}" for path, name in them) or f"*{row.instead}*"
-            test = row.test.replace("::", " ")
+            test = f"tests/{row.test}".replace("::", " ")
             lines.append(f"| {row.numbers} | {row.says} | {told} | {test} |")
         parts.append("\n".join(lines))
     return "\n\n".join(parts) + "\n"

@@ -29,6 +29,7 @@ from nlx_experiments.errors import Refused
 
 LIMIT = 900  # bytes of a text that are read
 AS_MEMORY = {"adamw": "adam_memory"}  # optax's optimizers of `nlx train`: the same rule as levels
+MOST, AROUND = 10, 8  # bytes that are listed; bytes shown on each side of one
 KERNEL = (64, 32)  # an optimizer is shown for one kernel of this shape
 
 
@@ -39,7 +40,8 @@ class Inspect:
     name: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PRESET|OPTIMIZER|RUN")]
     """A preset, an optimizer of nlx.optim, or the folder of a run."""
     text: pathlib.Path | None = None
-    """What the run reads: a file, of which the first bytes count; else its held-out text."""
+    """What the run reads: a file, of which the first bytes count; else its held-out text. Before it
+    stands a zero byte, which begins a file, so that the first byte has a cost too."""
 
 
 def main(options: Inspect) -> None:
@@ -115,9 +117,10 @@ def of_run(chosen: TrainConfig, text: pathlib.Path | None) -> None:
     title = f"What every byte costs: -log2 p, {bits.mean():.2f} bits on average"
     heatmap.draw(folder / "surprise.png", title, content, bits, "bits", (0.0, 8.0))
     pictures["Surprise"] = folder / "surprise.png"
-    notes = _memories(folder, content, lengths, watched, pictures)
-    if watched.levels:
+    notes, inner = _memories(folder, content, lengths, watched, pictures)
+    if inner is not None:
         tables.insert(0, _trace_table(watched.levels))
+    tables.insert(0, _standing_out(content, bits, inner))
     records = runs.read_lines(chosen.folder / "metrics.jsonl")
     if records:
         heatmap.draw_updates(folder / "training.png", records)
@@ -137,12 +140,15 @@ def of_run(chosen: TrainConfig, text: pathlib.Path | None) -> None:
     say(f"{bits.mean():.3f} bits per byte of {source}. The page: {folder / 'index.html'}")
 
 
-def _memories(folder, content, lengths, watched: Watched, pictures: dict[str, pathlib.Path]) -> str:
-    """Draws what memories did, where there are any; says so where there are none."""
+def _memories(
+    folder, content, lengths, watched: Watched, pictures: dict[str, pathlib.Path]
+) -> tuple[str, np.ndarray | None]:
+    """Draws what memories did; returns a note where there are none, else every byte's surprise."""
     if not watched.levels:
         return (
             "Its mixers are attention, which keeps tokens as they are: there is no inner surprise, "
-            "update, retention, age or transition to show."
+            "update, retention, age or transition to show.",
+            None,
         )
     read = [t for name, t in watched.levels.items() if name.endswith("memory")]
     sizes = [np.asarray(t.surprise)[0, 1:].mean(-1) for t in read]
@@ -153,7 +159,29 @@ def _memories(folder, content, lengths, watched: Watched, pictures: dict[str, pa
     pictures["Inner surprise"] = folder / "inner.png"
     heatmap.draw_traces(folder / "memories.png", watched.levels)
     pictures["Memories, token by token"] = folder / "memories.png"
-    return ""
+    return "", inner
+
+
+def _standing_out(content: np.ndarray, bits: np.ndarray, inner: np.ndarray | None) -> report.Table:
+    """The bytes that cost most and, where there are memories, those that surprise them most."""
+
+    def found(values: np.ndarray) -> list[tuple[str, str]]:
+        places = np.argsort(-values, kind="stable")[:MOST]
+        return [(_shown(content, place), f"{values[place]:.2f}") for place in places]
+
+    columns, parts = ["costs most", "bits"], [found(bits)]
+    if inner is not None:
+        columns += ["surprises the memories most", "|gradient|, 1 on average"]
+        parts.append(found(inner))
+    rows = [tuple(cell for pair in row for cell in pair) for row in zip(*parts, strict=True)]
+    return report.Table("Bytes that stand out, in brackets, each with its place", columns, rows)
+
+
+def _shown(content: np.ndarray, place: int) -> str:
+    """A byte between those around it."""
+    said = lambda part: repr(part.tobytes().decode(errors="replace"))[1:-1]
+    before, after = content[max(0, place - AROUND) : place], content[place + 1 :][:AROUND]
+    return f"{place}: {said(before)}[{said(content[place : place + 1])}]{said(after)}"
 
 
 def _trace_table(levels: Mapping[str, Trace]) -> report.Table:

@@ -84,7 +84,7 @@ def test_an_agent_is_what_its_equations_say():
     percepts = jax.random.normal(jax.random.key(0), (1, 4, 5))
     scores, values, _ = agent(percepts, agent.init_state(1, 4))
     told = np.asarray(percepts) @ np.asarray(agent.encoder[...])
-    x = (told / (1 + np.exp(-told))) @ np.asarray(agent.encoded.kernel[...])
+    x = jnp.asarray((told / (1 + np.exp(-told))) @ np.asarray(agent.encoded.kernel[...]))
     for block in agent.blocks:
         x, _ = block(x)
     x = np.asarray(agent.norm(x))

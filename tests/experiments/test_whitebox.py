@@ -119,3 +119,15 @@ def test_every_byte_has_its_place():
     assert "".join(marks) == "def é(x):↵→return '□□' + x□ # end↵"
     assert rows == 2
     assert len({tuple(place) for place in places}) == len(content)
+
+
+def test_the_bytes_that_stand_out_are_listed_with_their_places():
+    content = np.frombuffer(b"a bank of sand\n", np.uint8)
+    bits, inner = np.zeros(15), np.zeros(15)
+    bits[[3, 14]], inner[[0, 10]] = (2.5, 9.0), (4.0, 3.0)
+    table = whitebox._standing_out(content, bits, inner)
+    assert len(table.rows) == whitebox.MOST
+    assert table.rows[0] == (r"14:  of sand[\n]", "9.00", "0: [a] bank of", "4.00")
+    assert table.rows[1] == ("3: a b[a]nk of sa", "2.50", r"10: bank of [s]and\n", "3.00")
+    alone = whitebox._standing_out(content, bits, None)
+    assert alone.rows[0] == (r"14:  of sand[\n]", "9.00")
