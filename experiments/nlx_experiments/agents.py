@@ -13,8 +13,8 @@ takes      of one core, Hope in the bandit of many contexts 40 minutes, other ce
            are kept
 expects    where many contexts each have an arm of their own, Hope's regret after the switch below a
            GRU's in the mean of five seeds (19.5, 22.6), not sure; a T-maze of ten times the length
-           solved by the GRU, by Hope in three seeds, by the Transformer in none. The other tasks
-           are not run
+           solved by the GRU, by Hope in three seeds, by the Transformer in none. Skills are
+           run with the GRU alone, the other tasks not
 
 All models have as many parameters within 1 %, the same lifetimes side by side, updates and seeds.
 Rivals have two learning rates, of which validation lifetimes choose, Hope the higher one only, as

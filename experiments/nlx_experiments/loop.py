@@ -211,9 +211,9 @@ def _segments(config: TrainConfig, tokens: Tokens, rows: np.ndarray) -> np.ndarr
 
 def _lost(run: Run) -> float:
     """Seconds between the last save, or a run's beginning, and the last step told before a kill."""
-    at = {path.name: path.stat().st_mtime for path in run.folder.glob("*.json*")}
-    saved = at.get("time.json", at.get("corpus.json"))
-    return 0.0 if saved is None else max(0.0, at.get("metrics.jsonl", saved) - saved)
+    at = lambda *names: [p.stat().st_mtime for n in names if (p := run.folder / n).exists()]
+    saved, told = at("time.json", "corpus.json"), at("metrics.jsonl")
+    return max(0.0, told[0] - saved[0]) if saved and told else 0.0
 
 
 def _cache_compilations(folder: pathlib.Path) -> None:

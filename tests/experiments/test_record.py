@@ -119,6 +119,7 @@ def test_what_a_kill_lost_is_read_from_the_ages_of_files(tmp_path):
             os.utime(tmp_path / name, (second, second))
 
         write("corpus.json", 100)
+        (tmp_path / "config.json.half").symlink_to("gone")  # another process is writing it
         assert loop._lost(run) == 0
         write("metrics.jsonl", 130)
         assert loop._lost(run) == 30  # killed before it was saved
