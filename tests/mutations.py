@@ -2601,7 +2601,14 @@ MUTATIONS = (
         "experiments/test_environments.py",
     ),
     Mutation(
-        "the encoder of what an agent is told",
+        "that each number told to an agent means something by itself",
+        f"{EXPERIMENTS}/agent.py",
+        "percepts @ self.told[...] + self.encoded",
+        "0 * percepts @ self.told[...] + self.encoded",
+        "experiments/test_agent.py",
+    ),
+    Mutation(
+        "what numbers told to an agent mean together",
         f"{EXPERIMENTS}/agent.py",
         "jax.nn.silu(percepts @ self.encoder[...])",
         "percepts @ self.encoder[...]",

@@ -86,11 +86,11 @@ class GRU(nnx.Module):
 
 
 class Agent(nnx.Module):
-    """x = silu(p W_1) W_2;  x = block(x), ...;  scores = RMSNorm(x) W_policy,  value likewise.
+    """x = p W + silu(p W_1) W_2;  x = block(x), ...;  scores = RMSNorm(x) W_policy,  value so too.
 
-    What is told at a step, p, is made into one vector before any block sees it, so that a block may
-    be shown what action and reward mean together. One code path for a lifetime whole, in pieces, or
-    step by step.
+    What is told at a step, p, is made into one vector before any block sees it: a sum of what each
+    number means, and of what action and reward mean together. One code path for a lifetime whole,
+    in pieces, or step by step.
     """
 
     def __init__(
@@ -103,6 +103,7 @@ class Agent(nnx.Module):
         """
         check_sizes(percept=percept, actions=actions)
         width = config.width
+        self.told = normal(rngs, (percept, width), (None, "embed"), FIRST_CODE)
         self.encoder = normal(rngs, (percept, 2 * width), (None, "mlp"), FIRST_CODE)
         self.encoded = Linear(2 * width, width, ("mlp", "embed"), rngs=rngs)
         self.blocks = nnx.List(_blocks(config, rngs))
@@ -119,7 +120,7 @@ class Agent(nnx.Module):
         self, percepts: Float[Array, "b t p"], state: tuple[nn.BlockState, ...]
     ) -> tuple[Float[Array, "b t a"], Float[Array, "b t"], tuple[nn.BlockState, ...]]:
         """Scores of the actions (log-probabilities up to a constant), values, the state after."""
-        x = self.encoded(jax.nn.silu(percepts @ self.encoder[...]))
+        x = percepts @ self.told[...] + self.encoded(jax.nn.silu(percepts @ self.encoder[...]))
         after = []
         for block, carried in zip(self.blocks, state, strict=True):
             x, carried = block(x, carried)

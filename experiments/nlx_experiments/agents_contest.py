@@ -24,7 +24,7 @@ from nlx_experiments.agent import Recurrent
 from nlx_experiments.agents_tasks import Size, Task
 from nlx_experiments.environments import Outcome, World
 
-PROTOCOL = 1  # counts changes of what is measured here: cells of another one are not used
+PROTOCOL = 2  # counts changes of what is measured here: cells of another one are not used
 VALIDATED, TESTED = 1, 2  # keys of lifetimes
 
 

@@ -42,7 +42,7 @@ def full() -> dict[str, Task]:
     """
     plan = Plan(updates=60, lifetimes=16, segment=60)
     short = plan._replace(discount=0.8, trace=0.8)
-    many = Plan(updates=200, lifetimes=64, segment=120, epochs=2, discount=0.0, trace=0.0)
+    many = Plan(updates=300, lifetimes=64, segment=120, epochs=2, discount=0.0, trace=0.0)
     balanced = plan._replace(updates=80, discount=0.95)
     when, times = (20, 39), (1, 2, 5, 10)
     return {

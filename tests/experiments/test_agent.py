@@ -83,8 +83,10 @@ def test_an_agent_is_what_its_equations_say():
     agent = Agent(CONFIGS["gru"], 5, 3, rngs=nnx.Rngs(0))
     percepts = jax.random.normal(jax.random.key(0), (1, 4, 5))
     scores, values, _ = agent(percepts, agent.init_state(1, 4))
-    told = np.asarray(percepts) @ np.asarray(agent.encoder[...])
-    x = jnp.asarray((told / (1 + np.exp(-told))) @ np.asarray(agent.encoded.kernel[...]))
+    told = np.asarray(percepts)
+    both = told @ np.asarray(agent.encoder[...])
+    both = (both / (1 + np.exp(-both))) @ np.asarray(agent.encoded.kernel[...])
+    x = jnp.asarray(told @ np.asarray(agent.told[...]) + both)
     for block in agent.blocks:
         x, _ = block(x)
     x = np.asarray(agent.norm(x))

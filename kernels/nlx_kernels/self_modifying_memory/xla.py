@@ -45,6 +45,14 @@ class _Form(NamedTuple):
     activation: Callable[[Array], Array]
 
 
+keep = _chunk.materialise
+
+
+def _activate(function: Callable[[Array], Array], z: Array) -> Array:
+    """s(z), and no slope of it inside the loop over a matrix that is made of it."""
+    return keep(_chunk.soft_unit(function(keep(z))))
+
+
 def normalise(z):
     """z / sqrt(|z|^2 + 1e-6), which makes keys and queries."""
     return z / jnp.sqrt(jnp.sum(z * z, -1, keepdims=True) + 1e-6)
@@ -53,7 +61,7 @@ def normalise(z):
 def _generate(weights, tokens: _Tokens, readouts: _Readouts, form: _Form):
     """Makes queries, keys, values, retention and rates from the boundary weights (Eq. 86)."""
     makers = [w[:4] for w in weights]
-    key, v, for_rate, for_retain = _chunk.mlp(makers, tokens.streams, form.activation)
+    key, v, for_rate, for_retain = keep(_chunk.mlp(makers, tokens.streams, form.activation))
     q = tokens.q
     if len(form.boxes) > QUERY:
         q = normalise(_chunk.mlp([w[QUERY] for w in weights], q, form.activation))
@@ -69,17 +77,17 @@ def _write_piece(memory, tokens: _Tokens, piece, *, readouts: _Readouts, form: _
     """Writes the tokens of a piece to every box and reads the box "memory"."""
     piece = piece._replace(**{name: mask[None, :, None] for name, mask in piece._asdict().items()})
     made = _generate(memory.chunk_start, tokens, readouts, form)
-    q, k, v, retain, rate = _chunk.materialise(made)
+    q, k, v, retain, rate = keep(made)
     gate = None if tokens.momentum is None else tokens.momentum[None]
     decay = _chunk.make_decay(retain[None], gate, piece)
-    target = _chunk.mlp(memory.chunk_start, v[None], form.activation)
+    target = keep(_chunk.mlp(memory.chunk_start, v[None], form.activation))
     trace = _chunk.backward(memory.chunk_start, k[None], target, form.activation)
     buffers = memory.momentum or (None, None)
     own = functools.partial(jax.tree.map, lambda a: a[MEMORY if a.shape[0] > 1 else 0])
     hidden, weights, momentum = q, [], []
     for layer, (weight, buffer) in enumerate(zip(memory.weights, buffers, strict=True)):
         z, delta = _chunk.direction(trace.inputs[layer], trace.errors[layer], form.clip)
-        z, delta = _chunk.materialise((z, delta))
+        z, delta = keep((z, delta))
         erase = rate if form.erase else None
         write = _chunk.solve_write(weight, buffer, z, delta, rate, erase, piece, decay)
         if form.read == "after_write":
@@ -133,7 +141,7 @@ def self_modifying_memory(
         jnp.asarray([0.5 if chunk == 1 else 1.0 for chunk in chunks], dtype),
     )
     function = _chunk.ACTIVATIONS[activation]
-    form = _Form(boxes, read, erase, clip, lambda z: _chunk.soft_unit(function(z)))
+    form = _Form(boxes, read, erase, clip, lambda z: _activate(function, z))
     rows = tuple(
         jnp.broadcast_to(w[:, None], (w.shape[0], b, *w.shape[1:]))
         for w in _stack(parameters.memories, boxes)
