@@ -21,7 +21,6 @@ import asyncio
 import collections
 import dataclasses
 import hashlib
-import json
 import math
 import pathlib
 import re
@@ -36,6 +35,7 @@ import numpy as np
 from nlx_experiments.console import say
 from nlx_experiments.errors import Refused
 from nlx_experiments.generate import shown
+from nlx_experiments.serve_fields import Bad, fields, number
 from nlx_experiments.serve_http import Reply, Request, refusal, told
 from nlx_experiments.tokenization import Tokenizer
 from nlx_experiments.user_batches import Batches, Busy, Closing, Done, Job, Late, TooLong
@@ -49,10 +49,6 @@ DRAWING: dict[str, Any] = {
     "length": int, "prompt": str, "temperature": float, "seed": int, "keep": bool, "blank": bool,
     "every": int,
 }  # fmt: skip
-
-
-class Bad(Exception):
-    """A request that can't be done: status, sentence."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,7 +157,7 @@ class Api:
         return told(200, about | {"capacity": self.reader.capacity, "limits": limits})
 
     async def _create(self, request: Request) -> Reply:
-        _fields(request, {})
+        fields(request, {})
         return told(201, {"token": await asyncio.to_thread(self.users.create)})
 
     async def _memory(self, request: Request) -> Reply:
@@ -176,7 +172,7 @@ class Api:
         return await self._read(request, save=True)
 
     async def _read(self, request: Request, save: bool) -> Reply:
-        name, given = self._who(request), _fields(request, READING)
+        name, given = self._who(request), fields(request, READING)
         if not given.get("text"):
             raise Bad(400, "`text` is missing or empty; it must be what is to be read.")
         tokens = await self._tokens("text", given["text"])
@@ -184,8 +180,8 @@ class Api:
         return told(200, self._read_to(done, tokens) | self._held(name, done.memory.position))
 
     async def _generate(self, request: Request) -> Reply:
-        name, given = self._who(request), _fields(request, DRAWING)
-        length = _number(given, "length", None, 1, self.allowed.tokens)
+        name, given = self._who(request), fields(request, DRAWING)
+        length = number(given, "length", None, 1, self.allowed.tokens)
         tokens = await self._tokens("prompt", given.get("prompt", ""))
         keep, blank = given.get("keep", False), given.get("blank", False)
         if keep and blank:
@@ -194,8 +190,8 @@ class Api:
             name,
             tokens,
             length,
-            float(_number(given, "temperature", 0.8, 0, 100)),
-            _number(given, "seed", 0, 0, 2**31 - 1),
+            float(number(given, "temperature", 0.8, 0, 100)),
+            number(given, "seed", 0, 0, 2**31 - 1),
             every=self._every(given),
             keep=keep,
             blank=blank,
@@ -207,7 +203,7 @@ class Api:
         return told(200, made | self._read_to(done, tokens) | self._held(name, position))
 
     async def _save(self, request: Request) -> Reply:
-        name, _ = self._who(request), _fields(request, {})
+        name, _ = self._who(request), fields(request, {})
 
         def save() -> int:
             memory = self.users.get(name)
@@ -217,12 +213,12 @@ class Api:
         return told(200, self._held(name, await self._act(name, save)))
 
     async def _load(self, request: Request) -> Reply:
-        name, _ = self._who(request), _fields(request, {})
+        name, _ = self._who(request), fields(request, {})
         position = await self._act(name, lambda: int(self.users.load(name).position))
         return told(200, self._held(name, position))
 
     async def _forget(self, request: Request) -> Reply:
-        name, _ = self._who(request), _fields(request, {})
+        name, _ = self._who(request), fields(request, {})
         await self._act(name, lambda: self.users.forget(name))
         return told(200, self._held(name, 0))
 
@@ -255,7 +251,7 @@ class Api:
         return tokens
 
     def _every(self, given: Mapping[str, Any]) -> int | None:
-        every = _number(given, "every", 0, 1, self.reader.piece) if "every" in given else None
+        every = number(given, "every", 0, 1, self.reader.piece) if "every" in given else None
         return every
 
     async def _done(self, job: Job) -> Done:
@@ -309,40 +305,3 @@ def page() -> Reply:
 def _name(host: str) -> str:
     """A `Host` without its port."""
     return host.rpartition(":")[0] if re.search(r":\d*$", host) else host
-
-
-def _fields(request: Request, known: Mapping[str, Any]) -> dict[str, Any]:
-    """The JSON object of a request's body. Raises Bad."""
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind != "application/json":
-        raise Bad(400, f"`Content-Type` is {kind[:80]!r}; it must be application/json.")
-    try:
-        given = json.loads(request.body, parse_constant=_no_number)
-    except (ValueError, RecursionError) as error:
-        told_of = " ".join(str(error).split())[:120]
-        raise Bad(400, f"the body is not JSON ({told_of}).") from None
-    if not isinstance(given, dict):
-        raise Bad(400, f"the body is JSON's {type(given).__name__}; it must be an object.")
-    for name, value in given.items():
-        if name not in known:
-            listed = ", ".join(f"`{field}`" for field in known) or "no fields"
-            raise Bad(400, f"`{name[:40]}` is unknown; {request.path} takes {listed}.")
-        wanted = known[name]
-        fits = isinstance(value, (int, float) if wanted is float else wanted)
-        if not fits or (isinstance(value, bool) and wanted is not bool):
-            words = {str: "a text", int: "an integer", float: "a number", bool: "true or false"}
-            raise Bad(400, f"`{name}` is {json.dumps(value)[:40]}; it must be {words[wanted]}.")
-    return given
-
-
-def _number(given: Mapping[str, Any], name: str, default: Any, low: int, high: int) -> Any:
-    """A field within its range, both ends included. Raises Bad."""
-    if (value := given.get(name, default)) is None:
-        raise Bad(400, f"`{name}` is missing; it must be in [{low}, {high}].")
-    if not low <= value <= high:
-        raise Bad(400, f"`{name}` is {value}; it must be in [{low}, {high}].")
-    return value
-
-
-def _no_number(word: str) -> Any:
-    raise ValueError(f"{word} is no number of JSON's")

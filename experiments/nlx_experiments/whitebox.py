@@ -58,9 +58,10 @@ def main(options: Inspect) -> None:
         of_optimizer(name, rules[name])
         return
     if name not in nn.PRESETS:
-        near = difflib.get_close_matches(name, [*rules, *nn.PRESETS], 1, cutoff=0)[0]
+        near = difflib.get_close_matches(name, [*rules, *nn.PRESETS], 1)
+        meant = f"did you mean {near[0]!r}? " if near else ""
         raise Refused(
-            f"there is no preset, optimizer or run {name!r}; did you mean {near!r}? Optimizers are "
+            f"there is no preset, optimizer or run {name!r}; {meant}Optimizers are "
             f"{', '.join(rules)}; presets are called as in `nlx train`."
         )
     of_preset(config.make(name))

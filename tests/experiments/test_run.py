@@ -52,6 +52,7 @@ BAD = {
     "generate nowhere --temperature -1": "`temperature` is -1.0; it must be in",
     "inspect": "needs a name first: nlx inspect PRESET, OPTIMIZER or RUN",
     "inspect hope-tinny": "'hope-tinny'.*'hope-tiny'",
+    "inspect xyz": "no preset, optimizer or run 'xyz'; Optimizers are",
     "inspect dmgdd": "no preset, optimizer or run 'dmgdd'; did you mean 'dmgd'",
     "inspect runs/nowhere": "runs/nowhere is no run: it holds no config.json",
     "inspect empty": "empty is no run: it holds no config.json",
