@@ -122,10 +122,9 @@ def models(task: Task, size: Size) -> dict[str, nn.ModelConfig | Recurrent]:
     """Hope and its rivals, brought to one number of parameters.
 
     Hope's memories are written at every step, so that the next action knows of it. Where what is
-    seen once must last for long they forget nothing, and are written every 16 steps.
+    seen once must last for long they do not decay, and forget only what other writes erase.
     """
     first = task.worlds[0].environment
-    every = 16 if task.kind == "memory" else 1
     percept = environments.percept_size(first)
     base: dict[str, Any] = dict(vocabulary=1, width=size.width, hidden=1)
     found = {
@@ -136,9 +135,9 @@ def models(task: Task, size: Size) -> dict[str, nn.ModelConfig | Recurrent]:
             heads=2,
             memory_hidden=size.width // 2,
             layers=1,
-            chunk_size=every,
-            projection_chunk_size=every,
-            momentum=task.kind == "memory",
+            chunk_size=1,
+            projection_chunk_size=1,
+            momentum=False,
             retain=task.kind != "memory",
             **base,
         ),
