@@ -19,13 +19,14 @@ import numpy as np
 from jaxtyping import Float, PyTree
 
 from nlx import nn
-from nlx_experiments import agent, environments, ppo, sequence_learner
+from nlx_experiments import agent, environments, ppo, sequence_learner, skills
 from nlx_experiments.agent import Recurrent
 from nlx_experiments.agents_tasks import Size, Task
 from nlx_experiments.environments import Outcome, World
 
 PROTOCOL = 2  # counts changes of what is measured here: cells of another one are not used
-VALIDATED, TESTED = 1, 2  # keys of lifetimes
+VALIDATED, TESTED, WEIGHED = 1, 2, 3  # keys of lifetimes
+LIVED = 64  # lifetimes that tell what a skill needs
 
 
 def measure(
@@ -77,18 +78,21 @@ def trained(
     task: Task,
     size: Size,
     pairs: list[tuple[float, int]],
-    start: tuple[int, PyTree] | None,
+    start: tuple[int, PyTree, skills.Kept | None] | None,
     leave: Callable[[], None],
     watch: Callable[[int, Float[np.ndarray, " m"]], None],
 ) -> tuple[Float[np.ndarray, " m"], PyTree]:
     """The mean reward of a step on validation lifetimes, and the weights [m] that had most of it.
 
-    start: (which of the task's worlds, the weights to go on from), of a skill: then the last
-    weights count, for a skill that is learned is not left early. None: its first world, from
-    weights that are drawn.
+    start: (which of the task's worlds, the weights to go on from, what earlier skills need), of a
+    skill: then the last weights count, for a skill that is learned is not left early. None: its
+    first world, from weights that are drawn.
     """
-    which, given = start or (0, None)
-    made = ppo.make(config, task.worlds[which], task.plan)
+    which, given, kept_skills = start or (0, None, None)
+    penalty = lambda params, kept: task.keep * skills.penalty(params, kept)
+    if kept_skills is None:
+        penalty = None
+    made = ppo.make(config, task.worlds[which], task.plan, penalty)
     exam = ppo.examine(config, task.worlds[which], size.lifetimes)
     rates = jnp.asarray([rate for rate, _ in pairs], jnp.float32)
     seeds = jnp.asarray([seed for _, seed in pairs], jnp.uint32)
@@ -97,7 +101,7 @@ def trained(
     kept = jax.tree.map(jnp.copy, state.train.params), np.full(len(pairs), -np.inf)
     for first in range(0, task.plan.updates, size.every):
         count = min(size.every, task.plan.updates - first)
-        state, _ = made.learn(state, rates, keys, count)
+        state, _ = made.learn(state, rates, keys, count, kept_skills)
         lived = exam(state.train.params, jax.random.key(VALIDATED))
         value = np.asarray(lived.reward).mean((1, 2))
         watch(first + count, value)
@@ -141,7 +145,8 @@ def in_turn(
     leave: Callable[[], None],
     watch: Callable[[int, Float[np.ndarray, " m"]], None],
 ) -> tuple[Float[np.ndarray, " m"], dict[str, np.ndarray]]:
-    """Skills one after the other, all examined after each.
+    """Skills one after the other, all examined after each; where `task.keep` is above 0 with what
+    the earlier ones need as a penalty.
 
     Returns the mean over skills of what is left at the end, on validation lifetimes, and "matrix"
     [m, i, j], the share of the best reward that skill j has after skill i; "untrained" [m, j].
@@ -156,9 +161,13 @@ def in_turn(
         return np.stack([1 - total(one.regret) / total(one.best) for one in lived], 1)
 
     untrained, rows = shares(weights, TESTED), []
-    for n in range(len(task.worlds)):
-        _, weights = trained(config, task, size, pairs, (n, weights), leave, watch)
+    kept = skills.nothing(weights) if task.keep else None
+    for n, world in enumerate(task.worlds):
+        _, weights = trained(config, task, size, pairs, (n, weights, kept), leave, watch)
         rows.append(shares(weights, TESTED))
+        if kept is not None:
+            fisher = skills.fisher(config, world, LIVED)(weights, jax.random.key(WEIGHED))
+            kept = skills.and_this(kept, weights, fisher)
     values = shares(weights, VALIDATED).mean(1)
     return values, {"matrix": np.stack(rows, 1), "untrained": untrained}
 
@@ -169,7 +178,8 @@ def identity(name: tuple[str, str], task: Task, size: Size, config: Any) -> str:
     fields = [(w.name, w.length, w.switch, w.environment[3:5]) for w in worlds]
     lives = [environments.begin(world, jax.random.key(0)) for world in worlds]
     content = b"".join(np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(lives))
-    told = f"{PROTOCOL} {config} {task.plan} {size} {fields}"
+    keep = f" {task.keep} {LIVED}" if task.keep else ""
+    told = f"{PROTOCOL} {config} {task.plan} {size} {fields}{keep}"
     digest = hashlib.sha256(told.encode() + content).hexdigest()[:12]
     return f"{'; '.join(name)}; {digest}"
 

@@ -25,8 +25,8 @@ def shown(results: Results, tasks: Mapping[str, Task]) -> str:
         parts += switched(switches)
     if memory := of("memory"):
         parts += remembered(memory, tasks)
-    for models in of("skills").values():
-        parts += kept(models, list(tasks["skills"].exams))
+    for task, models in of("skills").items():
+        parts += kept(models, list(tasks[task].exams), tasks[task].keep)
     rows = [
         (task, model, rate, statistics.fmean(found["validation"]), *_of(record, seconds=rate))
         for task, models in results.items()
@@ -90,7 +90,7 @@ def remembered(results: Results, tasks: Mapping[str, Task]) -> list[str]:
     return [said, report.Table("", columns, rows).markdown(), *(["\n".join(told)] if told else [])]
 
 
-def kept(models: Mapping[str, Mapping[str, Any]], names: Sequence[str]) -> list[str]:
+def kept(models: Mapping[str, Mapping[str, Any]], names: Sequence[str], keep: float) -> list[str]:
     """Skills after each that was learned, and what is left of them."""
     rows, left = [], {}
     for model, record in models.items():
@@ -106,10 +106,11 @@ def kept(models: Mapping[str, Mapping[str, Any]], names: Sequence[str]) -> list[
         rows.append((model, *numbers, *ends))
     columns = ["model", "just learned", "at the end", "backward transfer"]
     columns += [f"{name} at the end" for name in names]
+    how = "by elastic weight consolidation kept, " if keep else ""
     said = (
-        f"Skills learned one after the other ({', '.join(names)}), in percent of the best policy's "
-        "reward, mean of the seeds (lowest to highest); backward transfer is what is left at the "
-        "end, less what there was just after learning, of all but the last:"
+        f"Skills learned one after the other ({', '.join(names)}), {how}in percent of the best "
+        "policy's reward, mean of the seeds (lowest to highest); backward transfer is what is left "
+        "at the end, less what there was just after learning, of all but the last:"
     )
     told = _verdicts("at the end", left, unit="points", digits=1)
     table = report.Table("", columns, rows).markdown()
@@ -138,7 +139,8 @@ def plot(folder: pathlib.Path, name: str, results: Results, tasks: Mapping[str, 
         if tasks[task].kind == "skills":
             matrices = {m: np.mean(best(r)["matrix"], 0) for m, r in found.items()}
             names = list(tasks[task].exams)
-            continual_metrics.draw(folder / f"{name}-skills.png", matrices, names)
+            place = folder / f"{name}-{task.replace(', ', '-')}.png"
+            continual_metrics.draw(place, matrices, names)
 
 
 def _curves(axes: Any, found: Mapping[str, Mapping[str, Any]], task: Task) -> None:

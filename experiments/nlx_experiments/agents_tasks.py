@@ -10,6 +10,8 @@ from nlx_experiments.agent import Recurrent
 from nlx_experiments.environments import World
 from nlx_experiments.ppo import Plan
 
+KEEP = 100.0  # of what earlier skills need, where they are to be kept; by a pilot of a GRU
+
 
 class Size(NamedTuple):
     """Of all agents, and how often they are trained."""
@@ -25,13 +27,15 @@ class Size(NamedTuple):
 class Task(NamedTuple):
     """Worlds that are learned one after the other, mostly one, and worlds that are examined.
 
-    exams: title -> world. Weights and rates are chosen on lifetimes in the world trained on.
+    exams: title -> world. Weights and rates are chosen on lifetimes in the world trained on. keep:
+    weight of what earlier skills need, `skills.penalty`.
     """
 
     worlds: tuple[World, ...]
     plan: Plan
     exams: Mapping[str, World]
     kind: str  # "switch", "memory" or "skills"
+    keep: float = 0.0
 
 
 def full() -> dict[str, Task]:
@@ -58,13 +62,14 @@ def full() -> dict[str, Task]:
         "t-maze": walked("t-maze", mazes.t_maze, 10, 60, plan, times),
         "memory chain": walked("memory chain", mazes.memory_chain, 10, 60, plan, times),
         "skills": skills(60, short._replace(updates=50)),
+        "skills, kept": skills(60, short._replace(updates=50))._replace(keep=KEEP),
     }
 
 
 def tiny() -> dict[str, Task]:
     """One of each kind, next to nothing of it."""
     plan = Plan(updates=2, lifetimes=2, segment=6, epochs=1, parts=1)
-    learned = skills(6, plan)
+    learned = skills(6, plan)._replace(keep=KEEP)
     return {
         "bandit": switching(lambda of: bandits.switching_bandit(2, 6, of), (2, 3), plan),
         "t-maze": walked("t-maze", mazes.t_maze, 2, 6, plan, (1,)),

@@ -64,8 +64,9 @@ class Learners(NamedTuple):
 
     init(seeds) -> states: weights drawn from seeds [m].
     start(seeds, weights) -> states: the same with weights [m] that are given, learning anew.
-    learn(states, rates, keys, count) -> (states, rewards [m, count]): so many updates, and the mean
-        reward of a step in each; count is static.
+    learn(states, rates, keys, count, kept=None) -> (states, rewards [m, count]): so many updates,
+        and the mean reward of a step in each; count is static. kept [m]: what earlier skills need,
+        see `skills`.
     """
 
     init: Callable[[Any], Learning]
@@ -132,10 +133,16 @@ def loss(agent: Agent, start: PyTree[Array], segment: Segment, plan: Plan) -> Fl
     return acting + plan.value * missed - plan.entropy * entropy
 
 
-def make(config: nn.ModelConfig | Recurrent, world: World, plan: Plan) -> Learners:
+def make(
+    config: nn.ModelConfig | Recurrent,
+    world: World,
+    plan: Plan,
+    penalty: Callable[[PyTree[Array], Any], Float[Array, ""]] | None = None,
+) -> Learners:
     """The functions that train agents of `config` in a world.
 
-    The optimizer is that of `sequence_learner`, its rate falling to a tenth.
+    The optimizer is that of `sequence_learner`, its rate falling to a tenth. penalty: (params,
+    kept) -> what is added to the loss; None: nothing.
 
     Raises ValueError for a segment that does not divide a lifetime, parts that do not divide the
     lifetimes, or a world that is none.
@@ -162,7 +169,9 @@ def make(config: nn.ModelConfig | Recurrent, world: World, plan: Plan) -> Learne
     def init(seed: Array) -> Learning:
         return start(seed, nnx.split(build(nnx.Rngs(jax.random.key(seed))))[1])
 
-    def update(rate: Array, key: Array, now: Learning) -> tuple[Learning, Float[Array, ""]]:
+    def update(
+        rate: Array, key: Array, kept: Any, now: Learning
+    ) -> tuple[Learning, Float[Array, ""]]:
         drawn, lived, shuffled = jax.random.split(jax.random.fold_in(key, now.done), 3)
         first = now.done % segments == 0
         fresh = begin(jax.random.split(drawn, count))
@@ -181,7 +190,8 @@ def make(config: nn.ModelConfig | Recurrent, world: World, plan: Plan) -> Learne
         def lost(params, rows):
             take = lambda tree: jax.tree.map(lambda z: z[rows], tree)
             start = take(started(params, first, memory))
-            return loss(nnx.merge(graph, params), start, take(whole), plan)
+            lost = loss(nnx.merge(graph, params), start, take(whole), plan)
+            return lost if penalty is None else lost + penalty(params, kept)
 
         step = train.make_train_step(lost, rule(rate), labels)
         order = jax.vmap(lambda key: jax.random.permutation(key, count))(
@@ -191,13 +201,13 @@ def make(config: nn.ModelConfig | Recurrent, world: World, plan: Plan) -> Learne
         state, _ = jax.lax.scan(body, now.train, order)
         return Learning(state, lives, memory_after, now.done + 1), outcomes.reward.mean()
 
-    def learn(now: Learning, rate: Array, key: Array, number: int):
-        body = lambda now, _: update(rate, key, now)
+    def learn(now: Learning, rate: Array, key: Array, kept: Any, number: int):
+        body = lambda now, _: update(rate, key, kept, now)
         return jax.lax.scan(body, now, None, number)
 
-    def learn_all(states: Learning, rates: Array, keys: Array, number: int):
-        one = lambda now, rate, key: learn(now, rate, key, number)
-        return jax.vmap(one)(states, rates, keys)
+    def learn_all(states: Learning, rates: Array, keys: Array, number: int, kept: Any = None):
+        one = lambda now, rate, key, kept: learn(now, rate, key, kept, number)
+        return jax.vmap(one)(states, rates, keys, kept)
 
     compiled: Any = jax.jit(learn_all, static_argnums=3, donate_argnums=0)
     return Learners(jax.jit(jax.vmap(init)), jax.jit(jax.vmap(start)), compiled)
