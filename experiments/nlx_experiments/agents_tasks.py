@@ -126,8 +126,8 @@ def skills(length: int, plan: Plan) -> Task:
 def models(task: Task, size: Size) -> dict[str, nn.ModelConfig | Recurrent]:
     """Hope and its rivals, brought to one number of parameters.
 
-    Hope's memories are written at every step, so that the next action knows of it. Where what is
-    seen once must last for long they do not decay, and forget only what other writes erase.
+    Hope's memories are written at every step, so that the next action knows of it, and do not
+    decay: they forget only what other writes erase.
     """
     first = task.worlds[0].environment
     percept = environments.percept_size(first)
@@ -143,7 +143,7 @@ def models(task: Task, size: Size) -> dict[str, nn.ModelConfig | Recurrent]:
             chunk_size=1,
             projection_chunk_size=1,
             momentum=False,
-            retain=task.kind != "memory",
+            retain=False,
             **base,
         ),
         "gru": Recurrent(width=size.width, layers=1, hidden=1),

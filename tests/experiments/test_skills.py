@@ -70,12 +70,10 @@ def test_a_penalty_holds_an_agent_where_it_was(strength):
 
 def test_skills_are_kept_from_the_second_on():
     task = agents_tasks.tiny()["skills"]
-    size = Size(8, 1_700, (1e-2,), 1, 1, 2)
+    size = Size(8, 1_700, (0.1,), 1, 1, 16)
     config = agents_tasks.models(task, size)["gru"]
-    found = [
-        agents_contest.measure(config, task._replace(keep=keep), size)["rates"]["0.01"]["matrix"]
-        for keep in (0.0, 1e4)
-    ]
-    plain, kept = np.array(found)[:, 0]
+    task = task._replace(plan=task.plan._replace(updates=4, epochs=4))
+    measured = lambda keep: agents_contest.measure(config, task._replace(keep=keep), size)
+    plain, kept = (np.array(measured(keep)["rates"]["0.1"]["matrix"][0]) for keep in (0.0, 1e4))
     np.testing.assert_array_equal(plain[0], kept[0])
     assert np.abs(plain[1] - kept[1]).max() > 1e-3
