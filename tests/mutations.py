@@ -2608,6 +2608,20 @@ MUTATIONS = (
         "experiments/test_agent.py",
     ),
     Mutation(
+        "that F is of a lifetime's steps together",
+        f"{EXPERIMENTS}/skills.py",
+        "policy, seen.actions, -1).sum() / length**0.5",
+        "policy, seen.actions, -1)[0].sum() / length**0.5",
+        "experiments/test_skills.py",
+    ),
+    Mutation(
+        "that skills to be kept are kept",
+        f"{EXPERIMENTS}/agents_contest.py",
+        "task.keep * skills.penalty(params, kept)",
+        "0 * skills.penalty(params, kept)",
+        "experiments/test_skills.py",
+    ),
+    Mutation(
         "what numbers told to an agent mean together",
         f"{EXPERIMENTS}/agent.py",
         "jax.nn.silu(percepts @ self.encoder[...])",

@@ -41,7 +41,7 @@ from nlx_experiments.sequence_experiment import PLACE, Options, check, compiled
 FULL = Size(32, 18_000, (3e-3, 1e-2), 5, 20, 256)
 OF_GPU = FULL._replace(width=64, parameters=66_000, every=50, lifetimes=1024)
 TINY = Size(8, 1_700, (1e-2,), 2, 1, 4)
-MODELS = "hope", "gru", "transformer"
+MODELS = "hope", "gru", "wider gru", "transformer"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,9 +60,10 @@ class Gpu(Agents):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Tiny(Agents):
-    """One task of each kind, two updates: does everything work?"""
+    """One task of each kind, two models and updates: does everything work?"""
 
     runs: pathlib.Path = pathlib.Path("runs/agents-tiny")
+    models: tuple[str, ...] = ("hope", "gru")
     place: pathlib.Path = pathlib.Path("runs/agents-tiny")
     tiny = True
 

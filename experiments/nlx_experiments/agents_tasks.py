@@ -124,7 +124,8 @@ def skills(length: int, plan: Plan) -> Task:
 
 
 def models(task: Task, size: Size) -> dict[str, nn.ModelConfig | Recurrent]:
-    """Hope and its rivals, brought to one number of parameters.
+    """Hope and its rivals, brought to one number of parameters; a GRU also with more of them in its
+    cell and fewer in its feed-forward.
 
     Hope's memories are written at every step, so that the next action knows of it, and do not
     decay: they forget only what other writes erase.
@@ -147,6 +148,7 @@ def models(task: Task, size: Size) -> dict[str, nn.ModelConfig | Recurrent]:
             **base,
         ),
         "gru": Recurrent(width=size.width, layers=1, hidden=1),
+        "wider gru": Recurrent(width=5 * size.width // 4, layers=1, hidden=1),
         "transformer": nn.ModelConfig(
             mixer="attention", feed_forward="swiglu", heads=4, layers=2, **base
         ),

@@ -208,7 +208,7 @@ def test_an_unknown_task_or_model_is_refused(tmp_path):
     told = ["agents-tiny", "--runs", str(tmp_path), "--place", str(tmp_path)]
     with pytest.raises(Refused, match="`only` holds 'maze'; it must be one of bandit, t-maze, sk"):
         run.experiment([*told, "--only", "maze"])
-    with pytest.raises(Refused, match="`models` holds 'lstm'; it must be one of hope, gru, trans"):
+    with pytest.raises(Refused, match="`models` holds 'lstm'; it must be one of hope, gru, w"):
         run.experiment([*told, "--models", "lstm"])
 
 
