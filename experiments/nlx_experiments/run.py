@@ -3,7 +3,7 @@
 
     nlx train PRESET [--data PATH ...] [--run DIR] [--steps N] [--field value]
     nlx data OUT --source PATH ... [--tokenizer bpe --vocabulary N] [--huggingface NAME]
-    nlx generate RUN --prompt TEXT
+    nlx generate RUN --prompt TEXT [--length N]
     nlx serve RUN [--port N]
     nlx eval RUN NAME=FILE ...
     nlx inspect PRESET|OPTIMIZER|RUN [--text FILE]
