@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from nlx.clock import Clock
-from nlx.writes import fire_if
+from nlx.writes import Write, fire_if
 
 
 class Wiring(NamedTuple):
@@ -45,8 +45,20 @@ class Wiring(NamedTuple):
         }
 
 
+def check_parts(level: Any) -> None:
+    """Raises TypeError for a level whose write or clock is none."""
+    if level.write is not None and not isinstance(level.write, Write):
+        raise TypeError(
+            f"`write` must be an nlx.writes.Write, such as `writes.gated()` makes, got "
+            f"{level.write!r}."
+        )
+    if not isinstance(level.clock, Clock):
+        raise TypeError(f"`clock` must be an nlx.Clock, got {level.clock!r}.")
+
+
 def check_level(name: str, level: Any, shared: bool) -> None:
-    """Raises ValueError for a level that can't do what its clock promises."""
+    """Raises as `check_parts`, and ValueError for a level that can't do what its clock promises."""
+    check_parts(level)
     learns = level.clock.period is not None or level.loss is not None
     if learns and level.loss is None and not shared:
         raise ValueError(
@@ -63,6 +75,15 @@ def check_names(argument: str, given: Mapping[str, Any], levels: Mapping[str, An
         raise ValueError(f"`{argument}` are of {list(given)}; they must be of {list(levels)}.")
 
 
+def check_state(argument: str, state: Any) -> None:
+    """Raises TypeError for what is no state of a level, such as its parameters."""
+    if not hasattr(state, "tick"):
+        raise TypeError(
+            f"`{argument}` is of type {type(state).__name__}; it must be a state, as `start` makes "
+            "of parameters."
+        )
+
+
 def check_contexts(wiring: Wiring, own: Mapping[str, Any]) -> None:
     """Raises ValueError where `forward` gives contexts to the wrong levels."""
     for name in wiring.own():
@@ -76,8 +97,13 @@ def check_contexts(wiring: Wiring, own: Mapping[str, Any]) -> None:
 
 
 def tick_of(wiring: Wiring, states: Mapping[str, Any]) -> Any:
-    """The tick at which all states stand. Raises ValueError where they visibly don't agree."""
+    """The tick at which all states stand.
+
+    Raises TypeError for what is no state, ValueError where they visibly don't agree.
+    """
     check_names("states", states, wiring.levels)
+    for name, state in states.items():
+        check_state(f"states[{name!r}]", state)
     ticks = [state.tick for state in states.values()]
     if len({int(tick) for tick in ticks if isinstance(tick, Integral)}) > 1:
         raise ValueError(f"`states` must all stand at one tick, got {ticks}.")
@@ -91,7 +117,7 @@ def scan(wiring: Wiring, states: Mapping[str, Any], contexts: Any) -> tuple[dict
     """
     for name, level in wiring.levels.items():
         check_level(name, level, wiring.loss is not None)
-    tick, length = tick_of(wiring, states), _length(contexts)
+    tick, length = tick_of(wiring, states), length_of(contexts)
     params = {name: state.params for name, state in states.items()}
     carries = {name: state.carry for name, state in states.items()}
     groups = _groups(wiring)
@@ -138,11 +164,11 @@ def _nested(wiring: Wiring, groups, params: dict, carries: dict, contexts, tick:
         carries, outputs = _block(wiring, params, carries, contexts, None)
         return params, carries, outputs
     (clock, names), faster = groups[0], groups[1:]
-    length = _length(contexts)
+    length = length_of(contexts)
 
     def part(params, carries, contexts, tick):
         """At most one period, up to and including its firing."""
-        last = tick + _length(contexts) - 1
+        last = tick + length_of(contexts) - 1
         params, carries, outputs = _nested(wiring, faster, params, carries, contexts, tick)
         params, carries = _fire(wiring, names, clock.fires(last), params, carries)
         return params, carries, outputs
@@ -182,7 +208,7 @@ def _masked(wiring: Wiring, params: dict, carries: dict, contexts, tick):
     """
     groups = _groups(wiring)
     clocks = [clock for clock, _ in groups]
-    length = _length(contexts)
+    length = length_of(contexts)
     size = min([length] + [clock.period for clock in clocks])
     padded = jax.tree.map(  # with the last tick, never zeros: a masked NaN is NaN in gradients
         lambda x: jnp.concatenate([x, jnp.repeat(x[-1:], size, axis=0)]), contexts
@@ -254,7 +280,7 @@ def _inside(wiring: Wiring, params: dict, carries: dict, contexts, mask) -> tupl
     looped = [name for name in learning if _needs_ticks(wiring, name)]
     pulls = _pulls(wiring, [n for n in learning if n not in looped], params, contexts, own)
     carries = dict(carries)
-    every = jnp.ones(_length(contexts), bool) if mask is None else mask
+    every = jnp.ones(length_of(contexts), bool) if mask is None else mask
     for name, pull in pulls.items():
         write = wiring.levels[name].write
         carries[name] = write.block(params[name], carries[name], pull, own.get(name), every)
@@ -339,7 +365,7 @@ def _shared(wiring: Wiring, params: dict) -> Callable:
     return lambda learning, context: loss({**params, **learning}, context)
 
 
-def _length(contexts: Any) -> int:
+def length_of(contexts: Any) -> int:
     """The ticks on the leading axis. Raises ValueError where the arrays of `contexts` disagree."""
     shapes = [jnp.shape(x) for x in jax.tree.leaves(contexts)]
     if not shapes or not all(shapes) or len({shape[0] for shape in shapes}) > 1:

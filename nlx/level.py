@@ -65,9 +65,11 @@ class Level(NamedTuple):
     def step(self, state: LevelState, context: Any) -> LevelState:
         """One tick: the specification of `scan`.
 
-        Raises ValueError for a clock that fires without an objective or a write.
+        Raises ValueError for a clock that fires without an objective or a write, TypeError for
+        parameters instead of a state.
         """
         blocks.check_level("level", self, shared=False)
+        blocks.check_state("state", state)
         params, carry, tick = state
         if self.loss is not None and self.write is not None:
             gradient = jax.grad(self.loss)(params, context)
@@ -80,6 +82,7 @@ class Level(NamedTuple):
 
         contexts: one context per tick, stacked on a leading axis. Errors as in `step`.
         """
+        blocks.check_state("state", state)
         alone = blocks.Wiring({"level": self}, lambda params, context: ((), {"level": context}))
         states, _ = blocks.scan(alone, {"level": state}, contexts)
         return states["level"]
@@ -95,9 +98,12 @@ def associative_memory(
 
     memory: what is stored (`nlx.memories`). objective: (output, value) -> scalar, what storing
     means (`nlx.objectives`). write, clock: as in `Level`. Its contexts are `Association`s.
+    Raises TypeError for a write or clock that is none, such as `writes.gated` uncalled.
     Source: Behrouz et al. (2025), Nested Learning, definition 1, eq. 6.
     """
-    return Level(memory.init, functools.partial(_recall, memory, objective), write, clock)
+    level = Level(memory.init, functools.partial(_recall, memory, objective), write, clock)
+    blocks.check_parts(level)
+    return level
 
 
 def _recall(memory: Memory, objective, params, association: Association) -> Float[Array, ""]:

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The laws of levels, nests, ops and optax transformations, for anyone who writes one.
 
-Every checker raises AssertionError with a sentence that begins with the law's name. Levels and
-nests are checked in float64, whatever the precision of what they are given.
+Every checker raises AssertionError with a sentence that begins with the law's name, and ValueError
+for contexts without a tick axis. Levels and nests are checked in float64, whatever the precision of
+what they are given.
 """
 
 import functools
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from nlx import blocks
 from nlx.level import Level
 from nlx.nest import Nest
 
@@ -186,6 +188,7 @@ class _Subject(NamedTuple):
 
 
 def _check(subject: _Subject, params, contexts, splits, tolerance: float) -> None:
+    blocks.length_of(contexts)
     _check_state(subject, params, contexts)
     with jax.enable_x64(True):
         params, contexts = _double(params), _double(contexts)

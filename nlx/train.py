@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """One step of training, pure and ready for jit."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -135,7 +135,7 @@ def _in_parts(slopes: Callable, count: int, weigh: Loss | None) -> Callable:
 def scored(params: Any, batch: Any) -> Float[Array, ""]:
     """How many tokens `language_model_loss` is a mean over; params change nothing."""
     del params
-    tokens, segment_ids = batch["tokens"], batch.get("segment_ids")
+    tokens, segment_ids = _parts_of(batch)
     if segment_ids is None:
         return jnp.float32(tokens[:, 1:].size)
     return jnp.sum(segment_ids[:, 1:] == segment_ids[:, :-1]).astype(jnp.float32)
@@ -171,15 +171,26 @@ def language_model_loss(graphdef: nnx.GraphDef) -> Loss:
     """(params, batch) -> `next_token_loss` of the model that `nnx.split` took apart.
 
     A batch is a mapping with "tokens" [b, t + 1] and, if rows are packed, "segment_ids" [b, t + 1].
+    The loss raises TypeError for any other.
     """
 
     def loss(params, batch):
-        tokens, segment_ids = batch["tokens"], batch.get("segment_ids")
+        tokens, segment_ids = _parts_of(batch)
         read = None if segment_ids is None else segment_ids[:, :-1]
         logits, _ = nnx.merge(graphdef, params)(tokens[:, :-1], segment_ids=read)
         return next_token_loss(logits, tokens, segment_ids)
 
     return loss
+
+
+def _parts_of(batch: Any) -> tuple[Int[Array, "b t+1"], Int[Array, "b t+1"] | None]:
+    """The tokens of a batch and its segment ids, if any. Raises TypeError for what has none."""
+    if not isinstance(batch, Mapping) or "tokens" not in batch:
+        raise TypeError(
+            f"`batch` is of type {type(batch).__name__}; it must be a mapping with "
+            '"tokens" and, if rows are packed, "segment_ids", both [b, t + 1].'
+        )
+    return batch["tokens"], batch.get("segment_ids")
 
 
 def _spiked(norm: Float[Array, ""], recent: Float[Array, " n"], factor: float) -> Bool[Array, ""]:

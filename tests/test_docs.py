@@ -5,10 +5,12 @@ import inspect
 import pathlib
 import re
 import types
+import typing
 
 import pytest
 
-from nlx import level, objectives
+from nlx import level, nn, objectives
+from nlx.nn import presets
 
 DOCS = pathlib.Path(__file__).parents[1] / "docs"
 BLOCK = re.compile(r"```python([^\n]*)\n(.*?)```", re.DOTALL)
@@ -29,7 +31,8 @@ def test_all_code_runs_in_one_session(page):
 @pytest.mark.parametrize("page", sorted((DOCS / "applications").glob("*.md")), ids=lambda p: p.stem)
 def test_an_application_begins_with_installation_and_ends_in_a_picture(page):
     text = page.read_text()
-    assert text.index("pip install") < text.index("```python")
+    assert text.index('pip install ".[experiments]"') < text.index("```python")
+    assert "nlx[" not in text  # it is not on PyPI
     assert "savefig" in BLOCK.findall(text)[-1][1]
 
 
@@ -63,6 +66,19 @@ def test_every_public_name_is_in_the_reference():
         for module, name in re.findall(r"^from (\S+) import (\w+) as", init, re.MULTILINE):
             shown = f"::: {module}.{name}" in reference.splitlines()
             assert shown or name == "tasks", name
+
+
+def test_the_reference_lists_what_a_configuration_may_name():
+    page = (DOCS / "api" / "nn.md").read_text()
+    told = re.findall(r"^\| (.+?) \| (`.+`) \|$", page, re.MULTILINE)
+    shown = {where: re.findall(r"`([^`]+)`", names) for where, names in told}
+    names = [name.rpartition("-") for name in nn.PRESETS]
+    assert shown == {
+        "`mixer`, `then`": list(typing.get_args(presets.MixerName)),
+        "`feed_forward`": list(typing.get_args(presets.FeedForward)),
+        "architectures of `PRESETS`": list(dict.fromkeys(name for name, _, _ in names)),
+        "their sizes": list(dict.fromkeys(size for _, _, size in names)),
+    }
 
 
 @pytest.fixture(scope="module")

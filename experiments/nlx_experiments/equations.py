@@ -2,8 +2,8 @@
 """The papers' equations, the functions of nlx that are them, and the tests that tie the two.
 
 command    python -m nlx_experiments.equations   writes docs/equations.md
-shows      for every numbered equation that says what to compute: what it says, who cites it in its
-           docstring, and the test that compares with it
+shows      for every numbered equation: what it says, who cites it in its docstring, and the test
+           that compares with it, or why there is none
 
 Functions are found, not listed: whoever ends a docstring with the equation's number. What a paper
 only defines, prints as an identity, or what nlx does not have, says so instead.
@@ -36,32 +36,50 @@ class Equation(NamedTuple):
 
 
 NESTED = (
+    Equation("1, 23, 32", "gradient descent", instead="`optax.sgd`; 8 is it as a level's write"),
+    Equation("2, 3", "a step, or all of them, as one minimisation",
+             instead="rewritings of 1; 9 is the one for a linear layer"),
+    Equation("4", "learning to learn", instead="a definition; 28 is its instance for what a level "
+             "begins with"),
+    Equation("5, 15, 16, 21", "linear attention, with decay or without",
+             "kernels/test_linear_memory.py::"
+             "test_reference_is_retnet_deltanet_and_gated_deltanet"),
     Equation("6", "an associative memory maps keys to values", "nlx/test_level.py::test_delta_net"),
+    Equation("7, 22", "what training minimises", instead="definitions; 8 and 23 descend on them"),
     Equation("8, 9", "a linear layer under gradient descent stores its local error under its "
              "input",
              "nlx/test_level.py::test_a_linear_layer_under_momentum_sgd_is_a_level"),
     Equation("12, 13", "momentum stores gradients", "nlx/optim/test_gradient_memory.py::"
              "test_constant_dot_is_trace_to_the_bit"),
+    Equation("14, 61", "queries, keys and values are projections of tokens",
+             instead="linear maps, which every mixer of `nlx.nn` has of its own"),
     Equation("17, 18", "linear attention is a step of gradient descent for each token",
              "kernels/test_levels.py::test_linear_memory"),
     Equation("19, 20", "levels: objectives, contexts, parameters, each descending on its own",
              "nlx/test_laws.py::test_levels_obey_the_laws"),
     Equation("24, 25, 27", "direct transfer: a level's output or parameters in another's forward",
              "nlx/nn/test_mixers.py::test_hope_is_its_nest"),
+    Equation("26", "linear attention as a transfer", instead="16 with the query's projection "
+             "written out"),
     Equation("28", "transfer by initialisation: what a level begins with is learned outside",
              "nlx/test_nest.py::test_a_nest_three_deep_learns_through_everything_inside"),
-    Equation("33, 34", "heavy-ball momentum", "nlx/optim/test_momentum.py::"
-             "test_momentum_is_optax_trace_to_the_bit"),
+    Equation("29", "backpropagation", instead="the chain rule, which `jax.grad` applies"),
+    Equation("30, 31", "gradient descent in every layer",
+             instead="8 and 9 for one layer of a network"),
+    Equation("10, 11, 33, 34, 100", "heavy-ball momentum, in 10 and 11 without decay",
+             "nlx/optim/test_momentum.py::test_momentum_is_optax_trace_to_the_bit"),
     Equation("35-37", "momentum under any objective", "nlx/optim/test_gradient_memory.py::"
              "test_constant_l2_is_an_average"),
-    Equation("38, 40", "a preconditioner is a memory of gradients",
-             "nlx/optim/test_m3.py::test_default_is_its_transcription"),
+    Equation("38-40", "a preconditioner is a memory of gradients",
+             "nlx/optim/test_momentum.py::test_preconditioned_momentum_is_the_chain"),
     Equation("41", "the same, learned by its own gradient", instead="a form; 102 and 107 to 110 "
              "are its instances"),
     Equation("42", "Muon: momentum read out through Newton-Schulz",
              "nlx/optim/test_momentum.py::test_orthogonal_momentum_is_muons_step"),
     Equation("43, 44", "Newton-Schulz is a level that descends to orthogonal matrices",
              "kernels/test_newton_schulz.py::test_it_is_a_level_that_descends"),
+    Equation("45", "tasks whose gradients are orthogonal", instead="an example of an argument "
+             "about momentum, which computes nothing with it"),
     Equation("46, 47", "preconditioned momentum",
              "nlx/optim/test_momentum.py::test_preconditioned_momentum_is_the_chain"),
     Equation("48, 49", "delta momentum",
@@ -83,7 +101,10 @@ NESTED = (
              "nlx/nn/test_mixers.py::test_attention_is_its_level"),
     Equation("64, 65", "Hebbian and delta rules", "kernels/test_linear_memory.py::"
              "test_reference_is_retnet_deltanet_and_gated_deltanet"),
-    Equation("66, 68", "Oja's rule and Omega's window", instead="not in nlx"),
+    Equation("66-68", "Oja's rule, also as a step of gradient descent, and Omega's window",
+             instead="not in nlx"),
+    Equation("69", "attention, then a layer that learns in context",
+             instead="a mixer of `nlx.nn` followed by 15"),
     Equation("70", "a continuum memory system is a chain of blocks",
              "nlx/nn/test_mixers.py::test_cms_is_a_chain_of_residual_blocks"),
     Equation("71", "each block learns at the end of its chunks",
@@ -113,13 +134,22 @@ NESTED = (
              "57 is right at any norm with the rate that `nlx.optim.dgd` takes"),
 )  # fmt: skip
 TITANS = (
-    Equation("8, 10", "momentary and past surprise",
+    Equation("1, 2", "softmax attention", "nlx/nn/test_mixers.py::test_attention_is_its_equation"),
+    Equation("3", "attention with a kernel, normalised", instead="not in nlx; 4 and 5 are it "
+             "without kernel and normalisation"),
+    Equation("4, 5", "linear attention", "kernels/test_linear_memory.py::"
+             "test_reference_is_retnet_deltanet_and_gated_deltanet"),
+    Equation("6, 7", "recurrent networks write and read", instead="a definition; levels write, and "
+             "their memories read"),
+    Equation("8-10", "momentary and past surprise",
              "kernels/test_mlp_memory.py::test_reference_is_titans_by_hand"),
     Equation("11-15", "the long-term memory, token by token",
              "nlx/nn/test_titans.py::test_mixer_is_the_paper"),
     Equation("16-18", "the same in chunks",
              "kernels/test_mlp_memory.py::test_xla_is_the_reference"),
     Equation("19", "persistent memory", "nlx/nn/test_titans.py::test_mixer_is_the_paper"),
+    Equation("20", "a feed-forward layer is attention to fixed keys", instead="a view that "
+             "motivates 19"),
     Equation("21-25", "memory as context (MAC)", "nlx/nn/test_titans.py::test_mac_is_its_nest"),
     Equation("26-28", "memory as gate (MAG)",
              "nlx/nn/test_titans.py::test_variants_are_the_paper"),
@@ -177,8 +207,8 @@ def page(root: pathlib.Path = ROOT) -> str:
     where = functions(root)
     parts = [
         "# Equations",
-        "Every numbered equation of the two papers that says what to compute; the functions whose "
-        "docstrings name it; the test that compares with it. Written by `python -m "
+        "Every numbered equation of the two papers; the functions whose docstrings name it and the "
+        "test that compares with it, or in italics why there is none. Written by `python -m "
         "nlx_experiments.equations` from the sources: a test fails when it is not up to date.",
     ]
     for paper, title in PAPERS.items():
@@ -187,7 +217,7 @@ def page(root: pathlib.Path = ROOT) -> str:
         for row in EQUATIONS[paper]:
             them = dict.fromkeys(f for n in numbers(row.numbers) for f in where.get((paper, n), ()))
             told = ", ".join(f"`{name}` in {path}" for path, name in them) or f"*{row.instead}*"
-            test = f"tests/{row.test}".replace("::", " ")
+            test = row.test and f"tests/{row.test}".replace("::", " ")
             lines.append(f"| {row.numbers} | {row.says} | {told} | {test} |")
         parts.append("\n".join(lines))
     return "\n\n".join(parts) + "\n"

@@ -3,7 +3,7 @@
 
     nlx train PRESET [--data PATH ...] [--run DIR] [--steps N] [--field value]
     nlx data OUT --source PATH ... [--tokenizer bpe --vocabulary N] [--huggingface NAME]
-    nlx generate RUN --prompt TEXT
+    nlx generate RUN --prompt TEXT [--length N]
     nlx serve RUN [--port N]
     nlx eval RUN NAME=FILE ...
     nlx inspect PRESET|OPTIMIZER|RUN [--text FILE]
@@ -107,7 +107,12 @@ def experiment(argv: list[str]) -> None:
     if name not in experiments:
         raise Refused(_unknown("experiment", name, experiments))
     options, main = experiments[name]
-    main(parse(options, flags, f"nlx run {name}"))
+    chosen = parse(options, flags, f"nlx run {name}")
+    place = getattr(chosen, "place", None)  # where tables and pictures go
+    before = _times(place)
+    main(chosen)
+    if written := [path for path, time in _times(place).items() if before.get(path) != time]:
+        print("\nWritten: " + ", ".join(map(str, written)))
 
 
 def bench(argv: list[str]) -> None:
@@ -222,6 +227,14 @@ def _experiments() -> dict[str, tuple[type, Callable[[Any], Any]]]:
     }
 
 
+def _times(place: pathlib.Path | None) -> dict[pathlib.Path, int]:
+    """When the results in a folder, and its README.md, were last written."""
+    if place is None:
+        return {}
+    paths = [*sorted(place.glob("results/*")), place / "README.md"]
+    return {path: path.stat().st_mtime_ns for path in paths if path.is_file()}
+
+
 def _left(folder: pathlib.Path) -> str:
     """What is there of a training that was left at once."""
     steps = [int(path.name) for path in folder.glob("checkpoints/*") if path.name.isdigit()]
@@ -314,12 +327,15 @@ def parse(kind: type[T], argv: list[str], prog: str, default: T | None = None) -
     except SystemExit as leaving:
         if not leaving.code:
             raise
-        raise Refused(_plain(said.getvalue())) from None
+        sentence = _plain(said.getvalue())
+        if "Unrecognized options" in sentence:
+            sentence += f". `{prog} --help` shows all options."
+        raise Refused(sentence) from None
 
 
 def _plain(box: str) -> str:
     """The words inside the frame that tyro draws around its messages."""
-    words = re.sub(r"[\u2500-\u257f]+", " ", re.sub(r"\x1b\[[0-9;]*m", "", box))
+    words = re.sub(r"[\u2500-\u257f]+|-{4,}", " ", re.sub(r"\x1b\[[0-9;]*m", "", box))
     words = re.split(r"(?:Argument|For full) helptext", " ".join(words.split()))[0]
     titles = "Value error|Invalid choice|Unrecognized options|Missing argument|Parsing error"
     return re.sub(rf"^(?:{titles}) (?:Error parsing [A-Z]\w*: )?", "", words).strip()

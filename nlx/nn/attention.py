@@ -73,7 +73,7 @@ class Attention(nnx.Module):
     q_t . k_p is taken of both unrotated, so it is the same wherever the token stands.
 
     Source: Vaswani et al. (2017), Eq. 1; Su et al. (2021), RoFormer, Eq. 34; Ainslie et al. (2023);
-    Behrouz et al. (2024), Titans, Eq. 27 (window and prefix).
+    Behrouz et al. (2024), Titans, Eq. 1, 2, 27 (window and prefix).
     """
 
     def __init__(

@@ -37,7 +37,15 @@ class LanguageModel(nnx.Module):
     """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        """config: what it is made of; see `preset`. rngs: `nnx.Rngs(seed)`."""
+        """config: what it is made of; see `preset`. rngs: `nnx.Rngs(seed)`.
+
+        Raises TypeError for a `config` that is no `ModelConfig`.
+        """
+        if not isinstance(config, ModelConfig):
+            raise TypeError(
+                f"`config` is {config!r}; it must be an nlx.nn.ModelConfig, such as "
+                '`nlx.nn.preset("hope-tiny")`.'
+            )
         self.config = config
         self.embedding = Embedding(config.vocabulary, config.width, rngs=rngs)
         mixers = config.mixers * (config.layers // len(config.mixers))

@@ -134,7 +134,7 @@ class NeuralMemory(nnx.Module):
     leaves are the weights from which everything starts, at position 0 and with no momentum. The
     gradient flows through its writes to where the memory starts before it.
 
-    Source: Behrouz et al. (2024), Titans, Eq. 8, 10-19, section 4.4 (convolutions, unit length).
+    Source: Behrouz et al. (2024), Titans, Eq. 8-19, section 4.4 (convolutions, unit length).
     """
 
     def __init__(

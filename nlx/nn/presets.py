@@ -247,3 +247,4 @@ PRESETS: dict[str, ModelConfig] = {
     for name, fields in _ARCHITECTURES.items()
     for size, hidden in zip(_SIZES, _HIDDEN[name], strict=True)
 }
+"""Every architecture at every size, by name, such as "hope-tiny"."""

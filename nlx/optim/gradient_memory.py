@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Gradient memories: the one general form of momentum and its deeper relatives."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -54,11 +55,21 @@ def gradient_memory(
         features(u) if not given. `lambda read, u: u + b * read(u)` is Nesterov momentum.
 
     Update is in optax's sign: a direction to be scaled by -learning_rate.
-    Raises ValueError for a gate out of its range and a memory that has nothing to erase.
+    Raises ValueError for a gate out of its range and a memory that has nothing to erase, TypeError
+    for a `memory` or `readout` that can't be called as above.
     Source: Behrouz et al. (2025), Nested Learning, eqs. 33-37, 46-52.
     """
     for name, gate, most in (("rate", rate, None), ("retain", retain, 1), ("erase", erase, None)):
         check_range(name, gate, most)
+    if not callable(memory):
+        raise TypeError(
+            f"`memory` is of type {type(memory).__name__}; it must be a function that makes a "
+            "`Memory` for a leaf, such as `memories.constant`."
+        )
+    if readout is not None and not _takes_two(readout):
+        raise TypeError(
+            f"`readout` is {readout!r}; it must be a function of two arguments, (read, u)."
+        )
     read_out = readout or (lambda read, gradient: read(features(gradient)))
 
     def level(leaf):
@@ -83,6 +94,17 @@ def gradient_memory(
         return read_out(lambda query: stored.read(params, query), gradient)
 
     return levelwise(level, recall, context)
+
+
+def _takes_two(function: Callable) -> bool:
+    """Whether it can be called with two arguments, as far as it tells."""
+    try:
+        inspect.signature(function).bind(None, None)
+    except TypeError:
+        return False
+    except ValueError:  # some that are not written in Python tell nothing
+        return True
+    return True
 
 
 def wide(gate: Any) -> Float[Array, ""]:

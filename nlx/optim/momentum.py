@@ -44,7 +44,7 @@ def scale_by_momentum(decay: Gate = 0.9, *, nesterov: bool = False) -> Transform
 
     decay: in [0, 1]. It is `optax.trace`, to the bit, in at least float32.
     Raises ValueError for a decay out of range.
-    Source: Polyak (1964); Behrouz et al. (2025), Nested Learning, eqs. 12, 13, 33, 34.
+    Source: Polyak (1964); Behrouz et al. (2025), Nested Learning, eqs. 10-13, 33, 34, 100.
     """
     _check(decay)
     return gradient_memory(
@@ -65,7 +65,7 @@ def scale_by_second_moment(decay: Gate = 0.999, *, eps: Gate = 1e-8) -> Transfor
     decay: of the average, in [0, 1]. eps: > 0. It is `optax.scale_by_rms`, debiased, but in at
     least float32, and entries whose square would overflow count as the largest whose doesn't.
     Raises ValueError for an argument out of range.
-    Source: Behrouz et al. (2025), Nested Learning, eqs. 38, 40.
+    Source: Behrouz et al. (2025), Nested Learning, eqs. 38-40.
     """
     _check(decay)
     check_range("eps", eps)

@@ -14,6 +14,12 @@ def test_the_page_is_up_to_date():
     assert equations.PAGE.read_text() == equations.page()
 
 
+@pytest.mark.parametrize(("paper", "last"), [("Nested Learning", 121), ("Titans", 33)])
+def test_every_equation_of_the_papers_has_a_row(paper, last):
+    listed = [n for row in equations.EQUATIONS[paper] for n in equations.numbers(row.numbers)]
+    assert sorted(listed) == list(range(1, last + 1))
+
+
 def test_every_equation_that_is_cited_has_a_row_and_no_two():
     listed = [(paper, n) for paper, row in ROWS for n in equations.numbers(row.numbers)]
     assert len(listed) == len(set(listed))

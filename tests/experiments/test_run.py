@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command: one sentence and a code that is not 0 for bad input, before anything is done."""
 
+import dataclasses
 import pathlib
 import re
 import signal
@@ -33,7 +34,7 @@ BAD = {
     "train transformer++-tiny --steps 0": "`steps` is 0; it must be at least 1",
     "train transformer++-tiny --steps many": "--steps: .*'many'",
     "train transformer++-tiny --learning-rate nan": "`learning_rate` is nan; it must be in",
-    "train transformer++-tiny --stepz 3": "Unrecognized options: --stepz",
+    "train transformer++-tiny --stepz 3": "Unrecognized options: --stepz.*\\+-tiny --help` shows",
     "train transformer++-tiny --optimizer sgd": "'sgd' .*'adamw', 'dmgd'",
     "train transformer++-tiny --model.heads 3": "`heads` is 3; it must be",
     "train transformer++-tiny --model.cms-periods 0": "`cms_periods` is \\(0,\\)",
@@ -48,6 +49,7 @@ BAD = {
     "eval nowhere piqa": "holds 'piqa'; it must be NAME=FILE",
     "run language --models hoop": "`models` holds 'hoop'; it must be one of",
     "generate bare": "config.json says nothing of data, model, preset",
+    "generate nowhere --bytes 50": "options: --bytes, 50. `nlx generate --help` shows all options",
     "generate nowhere": "nowhere is no run: it holds no config.json",
     "generate nowhere --temperature -1": "`temperature` is -1.0; it must be in",
     "inspect": "needs a name first: nlx inspect PRESET, OPTIMIZER or RUN",
@@ -93,6 +95,21 @@ def test_help_of_run_lists_the_experiments(capsys):
     out = capsys.readouterr().out
     for name in run._experiments():
         assert re.search(rf"^  {name} +\w.*[.?]$", out, re.MULTILINE), name
+
+
+def test_an_experiment_says_what_it_wrote(monkeypatch, capsys, tmp_path):
+    @dataclasses.dataclass
+    class Options:
+        place: pathlib.Path = tmp_path
+
+    def main(options):
+        (options.place / "results" / "new.md").write_text("a table")
+
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "old.md").write_text("another table")
+    monkeypatch.setattr(run, "_experiments", lambda: {"it": (Options, main)})
+    assert run.main(["run", "it"]) == 0
+    assert capsys.readouterr().out == f"\nWritten: {tmp_path / 'results' / 'new.md'}\n"
 
 
 @pytest.mark.parametrize(

@@ -211,6 +211,14 @@ def test_runs_name_the_law_that_a_scan_breaks(x64, law):
         testing._check_runs(subject(FAKES[law]), params, contexts, splits, 1e-9)
 
 
+def test_contexts_without_a_tick_axis_get_a_sentence():
+    memory = memories.linear(2, 2)
+    level = nlx.associative_memory(memory, objectives.l2, writes.gated(), nlx.Clock(1))
+    contexts = nlx.Association(jnp.ones((4, 2)), jnp.ones((4, 2)), retain=0.95)
+    with pytest.raises(ValueError, match="`contexts` must be arrays with one leading tick axis"):
+        testing.check_level(level, contexts)
+
+
 def decayed_sum(x, decay, state=None, start=None):
     """y_t = decay_t y_{t-1} + x_t over axis 1, by a loop."""
     state = start if state is None else state

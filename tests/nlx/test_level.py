@@ -181,3 +181,22 @@ def test_incomplete_levels_get_a_sentence():
             ValueError, match="`contexts` must be arrays with one leading tick axis"
         ):
             level.scan(level.start(jnp.ones(2)), contexts)
+
+
+def test_what_is_no_state_write_or_clock_gets_a_sentence():
+    memory, objective = memories.linear(2, 2), objectives.l2
+    with pytest.raises(TypeError, match=r"`write` must be an nlx.writes.Write.* got <function"):
+        nlx.associative_memory(memory, objective, writes.gated, nlx.Clock(4))
+    with pytest.raises(TypeError, match=r"`clock` must be an nlx.Clock, got 4\."):
+        nlx.associative_memory(memory, objective, writes.gated(), 4)
+    level = nlx.associative_memory(memory, objective, writes.gated(), nlx.Clock(4))
+    with pytest.raises(TypeError, match="`clock` must be an nlx.Clock, got 4"):
+        nlx.Nest({"memory": level._replace(clock=4)}, lambda params, context: ((), {}))
+    contexts = nlx.Association(jnp.ones((3, 2)), jnp.ones((3, 2)))
+    for run in (level.scan, level.step):
+        with pytest.raises(TypeError, match="`state` is of type ArrayImpl; it must be a state"):
+            run(jnp.eye(2), contexts)
+    nest = nlx.Nest({"memory": level}, lambda params, context: ((), {"memory": context}))
+    for run in (nest.scan, nest.step):
+        with pytest.raises(TypeError, match=r"`states\['memory'\]` is of type ArrayImpl; it must"):
+            run({"memory": jnp.eye(2)}, contexts)

@@ -169,6 +169,16 @@ def test_loss_refuses_tokens_that_do_not_belong():
         train.next_token_loss(jnp.zeros((1, 3, 4)), jnp.zeros((1, 3), int))
 
 
+@pytest.mark.parametrize("batch", [jnp.zeros((1, 4), int), {"token": jnp.zeros((1, 4), int)}])
+def test_a_batch_without_tokens_gets_a_sentence(batch):
+    graphdef, params = nnx.split(nn.LanguageModel(CONFIG, rngs=nnx.Rngs(0)))
+    sentence = '`batch` is .*; it must be a mapping with "tokens"'
+    with pytest.raises(TypeError, match=sentence):
+        train.language_model_loss(graphdef)(params, batch)
+    with pytest.raises(TypeError, match=sentence):
+        train.scored(params, batch)
+
+
 def test_a_model_learns_a_sequence_by_heart_and_compiles_once():
     model = nn.LanguageModel(CONFIG, rngs=nnx.Rngs(0))
     graphdef, params = nnx.split(model)

@@ -69,9 +69,9 @@ def linear_memory(
       ValueError, TypeError: one sentence that names the argument.
 
     References:
-      Behrouz et al. (2025), Nested Learning, Eq. 17, 18, 64, 65, 93; Yang et al. (2024),
-      Parallelizing Linear Transformers with the Delta Rule; Yang et al. (2025), Gated Delta
-      Networks, Eq. 10.
+      Behrouz et al. (2024), Titans, Eq. 4, 5; Behrouz et al. (2025), Nested Learning, Eq. 5,
+      15-18, 21, 64, 65, 93; Yang et al. (2024), Parallelizing Linear Transformers with the Delta
+      Rule; Yang et al. (2025), Gated Delta Networks, Eq. 10.
     """
     run = choose("linear_memory", implementation, interpret, OFFERED)
     given = checked(

@@ -88,7 +88,7 @@ def mlp_memory(
       ValueError, TypeError: one sentence that names the argument.
 
     References:
-      Behrouz et al. (2024), Titans, Eq. 8, 10-18, 32, 33; Behrouz et al. (2025), Nested
+      Behrouz et al. (2024), Titans, Eq. 8-18, 32, 33; Behrouz et al. (2025), Nested
       Learning, Eq. 57, 89;
       Sun et al. (2024), Learning to (Learn at Test Time), Eq. 4-7.
     """

@@ -95,6 +95,13 @@ def test_unknown_preset_names_the_nearest():
         nn.preset("hope-tny")
 
 
+def test_a_model_is_not_made_of_a_name():
+    with pytest.raises(
+        TypeError, match="`config` is 'hope-tiny'; it must be an nlx.nn.ModelConfig"
+    ):
+        nn.LanguageModel("hope-tiny", rngs=nnx.Rngs(0))
+
+
 @pytest.mark.parametrize(
     ("fields", "sentence"),
     [

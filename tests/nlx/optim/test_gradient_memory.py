@@ -156,3 +156,11 @@ def test_bad_gates(options, sentence):
 def test_nothing_to_erase():
     with pytest.raises(ValueError, match="`erase` is 0.5, but this `memory` has no inputs"):
         gradient_memory(nlx.memories.constant, dot_product, erase=0.5).init(jnp.zeros(3))
+
+
+def test_what_is_no_factory_or_readout_gets_a_sentence():
+    made = constant(jnp.zeros(3))
+    with pytest.raises(TypeError, match="`memory` is of type Memory; it must be a function"):
+        gradient_memory(made, dot_product)
+    with pytest.raises(TypeError, match=r"`readout` is .*; it must be .* arguments, \(read, u\)"):
+        gradient_memory(constant, dot_product, readout=lambda read: read)

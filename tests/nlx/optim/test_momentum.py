@@ -38,10 +38,11 @@ def close(ours, theirs, rtol=1e-12):
     jax.tree.map(tight, ours, theirs)
 
 
+@pytest.mark.parametrize("decay", [0.8, 1.0])
 @pytest.mark.parametrize("nesterov", [False, True])
-def test_momentum_is_optax_trace_to_the_bit(x64, nesterov):
-    ours = optim.momentum(0.1, 0.8, nesterov=nesterov)
-    same(updates(ours, stream()), updates(optax.sgd(0.1, 0.8, nesterov), stream()))
+def test_momentum_is_optax_trace_to_the_bit(x64, nesterov, decay):
+    ours = optim.momentum(0.1, decay, nesterov=nesterov)
+    same(updates(ours, stream()), updates(optax.sgd(0.1, decay, nesterov), stream()))
 
 
 def test_preconditioned_momentum_is_the_chain(x64):
