@@ -1635,8 +1635,8 @@ MUTATIONS = (
     Mutation(
         "that skills of agents go on from each other",
         f"{EXPERIMENTS}/agents_contest.py",
-        "pairs, (n, weights), leave, watch)",
-        "pairs, (n, jax.tree.map(jnp.zeros_like, weights)), leave, watch)",
+        "pairs, (n, weights, kept), leave, watch)",
+        "pairs, (n, jax.tree.map(jnp.zeros_like, weights), kept), leave, watch)",
         "experiments/test_agents.py",
     ),
     Mutation(
