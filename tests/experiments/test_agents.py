@@ -21,7 +21,7 @@ from nlx_experiments.errors import Refused, Stopped
 
 def test_tasks_are_what_the_experiment_says():
     tasks = agents_tasks.full()
-    assert [t.kind for t in tasks.values()] == ["switch"] * 5 + ["memory"] * 2 + ["skills"]
+    assert [t.kind for t in tasks.values()] == ["switch"] * 5 + ["memory"] * 2 + ["skills"] * 2
     for task in tasks.values():
         for world in (*task.worlds, *task.exams.values()):
             environments.check(world)
@@ -89,7 +89,7 @@ class Trained:
         made = types.SimpleNamespace(
             init=lambda seeds: state(jnp.zeros(len(seeds))),
             start=lambda seeds, weights: state(weights["w"]),
-            learn=lambda s, rates, keys, count: (grown(s, rates, count), None),
+            learn=lambda s, rates, keys, count, kept: (grown(s, rates, count), None),
         )
         monkeypatch.setattr(ppo, "make", lambda *given: made)
         monkeypatch.setattr(ppo, "examine", lambda config, world, n: self.exam(worth, world))
@@ -123,7 +123,7 @@ def test_skills_go_on_from_each_other_and_fill_a_matrix(monkeypatch):
     """Skill n is worth what is near n + 1 times 3 updates, of rate 1 or 2."""
     at = {"bandit": 3, "goal": 6}
     Trained(monkeypatch, lambda name, w: 1 - 0.1 * abs(w - at[name]))
-    task = agents_tasks.tiny()["skills"]._replace(plan=PLAN)
+    task = agents_tasks.tiny()["skills"]._replace(plan=PLAN, keep=0.0)
     config = agents_tasks.models(task, SIZE)["gru"]
     record = agents_contest.measure(config, task, SIZE)
     first = record["rates"]["1"]
@@ -161,9 +161,10 @@ def test_cells_are_told_apart_by_what_decides_them():
         what(task._replace(plan=task.plan._replace(clip=0.3)), agents.TINY),
         what(task, agents.TINY._replace(seeds=3)),
         what(task._replace(exams={}), agents.TINY),
+        what(task._replace(keep=1.0), agents.TINY),
         what(task._replace(worlds=(task.worlds[0]._replace(switch=(3, 3)),)), agents.TINY),
     ]
-    assert len({same, *others}) == 5
+    assert len({same, *others}) == 6
 
 
 def _results():
