@@ -13,7 +13,8 @@ import pytest
 from flax import nnx
 from nlx_experiments import save_kills, user_files, user_memory
 from nlx_experiments.errors import Refused
-from nlx_experiments.user_batches import Batches, Busy, Closing, Job, Late, TooLong
+from nlx_experiments.user_batches import Batches
+from nlx_experiments.user_jobs import Busy, Closing, Job, Late, TooLong
 from nlx_experiments.user_memory import Memory, Reader
 from nlx_experiments.users import Full, Users
 
