@@ -39,6 +39,7 @@ from nlx_experiments.serve_http import Reply, Request, refusal, told
 from nlx_experiments.serve_page import page
 from nlx_experiments.tokenization import Tokenizer
 from nlx_experiments.user_batches import Batches
+from nlx_experiments.user_files import Unsettled
 from nlx_experiments.user_jobs import Busy, Closing, Done, Job, Late, TooLong
 from nlx_experiments.user_memory import Reader, finite
 from nlx_experiments.users import Full, Users
@@ -131,6 +132,9 @@ class Api:
             return refusal(503, "the server is shutting down.", SOON)
         except Refused as error:
             return refusal(409, str(error))
+        except Unsettled as error:
+            sentence = f"it is done, but the disk does not say that it lasts ({error.strerror})."
+            return refusal(503, sentence)
         except OSError as error:
             sentence = f"the disk refused ({error.strerror}); the memory is as it was before."
             return refusal(503, sentence)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What goes wrong while many users are served: each refusal is told, is true, and stops nobody else."""
+"""What goes wrong while users are served: each refusal is told, is true, and stops nobody else."""
 
 import asyncio
 import json
