@@ -24,27 +24,23 @@ import dataclasses
 import math
 import re
 import time
-import traceback
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from typing import Any
 
 import numpy as np
 
-from nlx_experiments.console import say
-from nlx_experiments.errors import Refused
 from nlx_experiments.generate import shown
 from nlx_experiments.serve_fields import Bad, fields, number
 from nlx_experiments.serve_http import Reply, Request, refusal, told
 from nlx_experiments.serve_page import page
+from nlx_experiments.serve_refusals import Slow, refused
 from nlx_experiments.tokenization import Tokenizer
 from nlx_experiments.user_batches import Batches
-from nlx_experiments.user_files import Unsettled
-from nlx_experiments.user_jobs import Busy, Closing, Done, Job, Late, TooLong
+from nlx_experiments.user_jobs import Done, Job, Late
 from nlx_experiments.user_memory import Reader, finite
-from nlx_experiments.users import Full, Users
+from nlx_experiments.users import Users
 
-SOON = ("retry-after", "1")
 NOTHING = np.zeros(0, int)
 NOBODY = ""  # no user's name
 GRACE = 5.0  # seconds for what was begun to say that it is late
@@ -65,10 +61,6 @@ class Allowed:
     """Until it is done."""
     at_once: int = 4
     """Requests of one user under way."""
-
-
-class Slow(Exception):
-    """What was begun is not done in time, and goes on."""
 
 
 class Api:
@@ -107,40 +99,10 @@ class Api:
         """The answer; raises nothing but cancellation."""
         try:
             return await self._route(request)
-        except Bad as bad:
-            status, sentence = bad.args
-            more = [("www-authenticate", "Bearer")] if status == 401 else []
-            return refusal(status, sentence, *more)
-        except TooLong as full:
-            left = full.args[0]
-            sentence = f"the memory has room for {left} more tokens; forget, or ask for fewer."
-            return refusal(413, sentence)
-        except Full:
-            sentence = f"there are {self.users.limit:,} users, as many as there may be."
-            return refusal(503, sentence)
-        except Busy:
-            sentence = f"{self.batches.waiting} requests are waiting, as many as may; try again."
-            return refusal(503, sentence, SOON)
-        except Late:
-            limit = self.allowed.seconds
-            sentence = f"it was not done within {limit:g} s; the memory is as it was before."
-            return refusal(503, sentence, SOON)
-        except Slow:
-            limit = self.allowed.seconds
-            return refusal(503, f"it was not done within {limit:g} s, and may still be done.")
-        except Closing:
-            return refusal(503, "the server is shutting down.", SOON)
-        except Refused as error:
-            return refusal(409, str(error))
-        except Unsettled as error:
-            sentence = f"it is done, but the disk does not say that it lasts ({error.strerror})."
-            return refusal(503, sentence)
-        except OSError as error:
-            sentence = f"the disk refused ({error.strerror}); the memory is as it was before."
-            return refusal(503, sentence)
-        except Exception:
-            say(f"A request to {request.path} failed:\n{traceback.format_exc()}")
-            return refusal(500, "the server failed; its log says how.")
+        except Exception as error:
+            users, waiting = self.users.limit, self.batches.waiting
+            seconds = self.allowed.seconds
+            return refused(error, request.path, users=users, waiting=waiting, seconds=seconds)
 
     async def _route(self, request: Request) -> Reply:
         if self.hosts is not None:

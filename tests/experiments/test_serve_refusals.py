@@ -4,9 +4,11 @@
 import asyncio
 import json
 import threading
+import time
 
 import numpy as np
 import pytest
+from nlx_experiments import serve, user_files
 from nlx_experiments.serve_api import Allowed, Api
 from nlx_experiments.serve_http import Request
 from nlx_experiments.tokenization import BYTES
@@ -22,6 +24,7 @@ class Adding:
     """Reads as a `Reader` does, without a model: a memory is the sum of what was read."""
 
     slots, piece, capacity, start, levels, bytes = 2, 8, None, START, (), 20
+    slowly = 0.0  # seconds that a call takes
 
     def __init__(self):
         self.state = np.zeros((self.slots, 3), np.float32)
@@ -41,6 +44,7 @@ class Adding:
         return Asked(*tokens, *map(of, (np.int32, bool, np.int32, np.int32, np.float32)))
 
     def read(self, asked):
+        time.sleep(self.slowly)
         self.state += asked.tokens.sum(1)[:, None]
         bits, no = np.ones(asked.tokens.shape), np.zeros((self.slots, 1))
         return Answer(bits, (asked.seed + asked.index) % 256, no, no)
@@ -49,12 +53,12 @@ class Adding:
 class Served:
     """An `Api` in this process."""
 
-    def __init__(self, folder, reader=None, limit=10, waiting=64, **allowed):
-        self.reader = reader or Adding()
+    def __init__(self, folder, limit=10, waiting=64, hosts=None, **allowed):
+        self.reader = Adding()
         self.users = Users(folder, START, "adding", held=2, limit=limit)
         self.batches = Batches(self.reader, self.users, waiting=waiting)
         limits = Allowed(**{"seconds": 20.0} | allowed)
-        self.api = Api("adding", self.reader, self.users, self.batches, BYTES, limits, None)
+        self.api = Api("adding", self.reader, self.users, self.batches, BYTES, limits, hosts)
 
     def __enter__(self):
         self.users.__enter__()
@@ -65,14 +69,14 @@ class Served:
         self.batches.__exit__()
         self.users.__exit__()
 
-    async def asked(self, method, path, body=None, token=None):
-        headers = {"content-type": "application/json", "authorization": f"Bearer {token}"}
+    async def asked(self, method, path, body=None, token=None, **headers):
+        headers |= {"content-type": "application/json", "authorization": f"Bearer {token}"}
         request = Request(method, path, headers, json.dumps(body or {}).encode())
         reply = await self.api(request)
         return reply.status, json.loads(reply.body)
 
-    def ask(self, *what):
-        return asyncio.run(self.asked(*what))
+    def ask(self, *what, **headers):
+        return asyncio.run(self.asked(*what, **headers))
 
     def user(self):
         return self.ask("POST", "/v1/users")[1]["token"]
@@ -170,3 +174,85 @@ def test_what_was_drawn_and_kept_is_never_refused(served, monkeypatch):
     ):
         status, told = served.ask("POST", "/v1/generate", {"length": 3} | asked, token)
         assert (status, told["position"]) == (200, position)
+
+
+@pytest.mark.parametrize(
+    ("host", "called"),
+    [
+        ("127.0.0.1", "127.0.0.1:80"),
+        ("127.0.0.2", "127.0.0.2:80"),
+        ("127.0.0.2", "localhost"),
+        ("::1", "[::1]:80"),
+        ("0:0:0:0:0:0:0:1", "[0:0:0:0:0:0:0:1]"),
+    ],
+)
+def test_a_server_answers_to_the_address_it_was_given(tmp_path, host, called):
+    hosts = serve.names(serve.Serve(tmp_path, host=host))
+    with Served(tmp_path / "users", hosts=hosts) as served:
+        assert served.ask("GET", "/v1/model", host=called)[0] == 200
+        assert served.ask("GET", "/v1/model", host="127.0.0.3:80")[0] == 403
+    assert serve.names(serve.Serve(tmp_path, host="0.0.0.0", beyond_loopback=True)) is None
+
+
+def test_a_text_far_too_long_is_refused_before_it_is_encoded(tmp_path):
+    with Served(tmp_path / "users", tokens=10) as served:
+        token = served.user()
+        served.api.tokenizer = BYTES._replace(pieces=(b"abc",), encode=None)
+        status, told = served.ask("POST", "/v1/prefill", {"text": "x" * 31}, token)
+        sentence = "`text` is of 11 tokens or more; it must be of at most 10."
+        assert (status, told["error"]) == (413, sentence)
+
+
+def test_encoding_counts_and_has_its_time(tmp_path):
+    go = threading.Event()
+
+    def encode(text):
+        go.wait(10)
+        return BYTES.encode(text)
+
+    with Served(tmp_path / "users", seconds=0.3, at_once=2) as served:
+        token = served.user()
+        served.api.tokenizer = BYTES._replace(encode=encode)
+
+        async def three():
+            asked = [served.asked("POST", "/v1/prefill", {"text": "a"}, token) for _ in range(3)]
+            return await asyncio.gather(*asked)
+
+        threading.Timer(1.0, go.set).start()  # threads that encode are waited for
+        told = asyncio.run(three())
+        assert [status for status, _ in told] == [503, 503, 429]
+        assert served.ask("GET", "/v1/memory", None, token)[1]["position"] == 0
+
+
+def refused(served, status, sentence, *what):
+    """Whether a request gets this sentence."""
+    got, told = served.ask(*what)
+    assert (got, sentence in told["error"]) == (status, True), told
+
+
+def test_every_reason_to_come_again_has_its_sentence(tmp_path, monkeypatch):
+    with Served(tmp_path / "users", limit=2, waiting=1, seconds=0.3) as served:
+        token = served.user()
+        served.user()
+        read = "POST", "/v1/prefill", {"text": "a"}, token
+        refused(served, 503, "there are 2 users, as many as", "POST", "/v1/users")
+        with monkeypatch.context() as patch:
+            patch.setattr(served.batches, "waiting", 0)
+            refused(served, 503, "0 requests are waiting, as many as may; try again.", *read)
+        with monkeypatch.context() as patch:
+            patch.setattr(served.reader, "piece", 1)
+            patch.setattr(served.reader, "slowly", 0.1)
+            long = "POST", "/v1/prefill", {"text": "a" * 99}, token
+            refused(served, 503, "not done within 0.3 s; the memory is as it was before", *long)
+        full = OSError(28, "No space left on device")
+        sentence = "the disk refused (No space left on device); the memory is as it was before."
+        for broken in ("write", "write_bytes"):
+            with monkeypatch.context() as patch:
+                breaks(patch, user_files, broken, full)
+                refused(served, 503, sentence, "POST", "/v1/remember", *read[2:])
+        with monkeypatch.context() as patch:
+            breaks(patch, user_files, "settle", user_files.Unsettled(5, "Input/output error"))
+            sentence = "it is done, but the disk does not say that it lasts (Input/output error)."
+            refused(served, 503, sentence, "POST", "/v1/save", {}, token)
+        assert served.ask("GET", "/v1/memory", None, token)[1]["position"] == 0
+    refused(served, 503, "the server is shutting down.", *read)
