@@ -98,7 +98,7 @@ class Users:
     def create(self) -> str:
         """A new user; returns the token. Raises Full, OSError."""
         token = secrets.token_urlsafe(32)
-        name, proof = _digests(token)
+        name, proof = digests(token)
         with self._lock:
             if len(self._proofs) >= self.limit:
                 raise Full
@@ -113,7 +113,7 @@ class Users:
 
     def named(self, token: str) -> str | None:
         """The name of the user with this token; None: there is none."""
-        name, proof = _digests(token)
+        name, proof = digests(token)
         known = self._proofs.get(name, ABSENT)
         return name if hmac.compare_digest(known, proof) else None
 
@@ -228,7 +228,7 @@ class Users:
         return self.folder / f"{name}.{kind}"
 
 
-def _digests(token: str) -> tuple[str, str]:
+def digests(token: str) -> tuple[str, str]:
     """The name of the user's files, and what proves the token."""
     made = token.encode(errors="replace")
     return hashlib.sha256(b"name " + made).hexdigest()[:32], hashlib.sha256(made).hexdigest()
