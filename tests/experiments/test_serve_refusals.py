@@ -204,10 +204,10 @@ def test_a_text_far_too_long_is_refused_before_it_is_encoded(tmp_path):
 
 
 def test_encoding_counts_and_has_its_time(tmp_path):
-    go = threading.Event()
+    go, told_to = threading.Event(), []
 
     def encode(text):
-        go.wait(10)
+        told_to.append(go.wait(10))
         return BYTES.encode(text)
 
     with Served(tmp_path / "users", seconds=0.3, at_once=2) as served:
@@ -216,11 +216,12 @@ def test_encoding_counts_and_has_its_time(tmp_path):
 
         async def three():
             asked = [served.asked("POST", "/v1/prefill", {"text": "a"}, token) for _ in range(3)]
-            return await asyncio.gather(*asked)
+            told = await asyncio.gather(*asked)
+            go.set()
+            return told
 
-        threading.Timer(1.0, go.set).start()  # threads that encode are waited for
-        told = asyncio.run(three())
-        assert [status for status, _ in told] == [503, 503, 429]
+        assert [status for status, _ in asyncio.run(three())] == [503, 503, 429]
+        assert told_to == [True, True]  # the answers came before the encoding was done
         assert served.ask("GET", "/v1/memory", None, token)[1]["position"] == 0
 
 
