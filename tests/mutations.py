@@ -78,6 +78,7 @@ OF_TOKENS, OF_FORMATS, OF_CHOICES, OF_HARNESS, OF_LANGUAGE = (
     f"experiments/test_{name}.py"
     for name in ("tokenization", "choice_formats", "multiple_choice", "harness", "language")
 )
+OF_REFUSALS, OF_DISK = (f"experiments/test_{name}.py" for name in ("serve_refusals", "users_disk"))
 CONTINUAL, OF_CONTINUAL = f"{EXPERIMENTS}/continual", "experiments/test_continual.py"
 OF_METRICS, OF_STREAMS = (f"experiments/test_continual_{name}.py" for name in ("metrics", "tasks"))
 
@@ -2503,9 +2504,8 @@ MUTATIONS = (
     Mutation(
         "that a user's file takes its name whole",
         f"{EXPERIMENTS}/user_files.py",
-        '    half = path.with_name(path.name + HALF)\n    try:\n        with open(half, "wb")',
-        '    half = path.with_name(path.name + HALF)\n    try:\n        half.write_bytes(b"")\n'
-        '        with open(path, "wb")',
+        "        with open(os.open(half, ",
+        '        half.write_bytes(b"")\n        with open(os.open(path, ',
         "experiments/test_users.py",
     ),
     Mutation(
@@ -2518,9 +2518,10 @@ MUTATIONS = (
     Mutation(
         "that what is forgotten is forgotten where it was swapped to",
         f"{EXPERIMENTS}/users.py",
-        "        self._unsaved.discard(name)\n"
-        "        (self.swapped / name).unlink(missing_ok=True)\n",
-        "        self._unsaved.add(name)\n",
+        "        (self.swapped / name).unlink(missing_ok=True)\n"
+        "        self._near.pop(name, None)\n"
+        "        self._unsaved.discard(name)\n",
+        "        self._near.pop(name, None)\n",
         "experiments/test_users.py",
     ),
     Mutation(
@@ -2533,8 +2534,8 @@ MUTATIONS = (
     Mutation(
         "that a user keeps nothing of a job that is not to be kept",
         f"{EXPERIMENTS}/user_batches.py",
-        "if job.keep and not job.blank:",
-        "if True:",
+        "keep = (job.keep or job.save) and not job.blank",
+        "keep = True",
         "experiments/test_users.py",
     ),
     Mutation(
@@ -2571,6 +2572,157 @@ MUTATIONS = (
         "if self.at_once[name] >= self.allowed.at_once:",
         "if False:",
         "experiments/test_serve.py",
+    ),
+    Mutation(
+        "that the thread of users' jobs outlives a failure",
+        f"{EXPERIMENTS}/user_batches.py",
+        "except Exception as error:  # nothing of the jobs in the slots has happened",
+        "except ZeroDivisionError as error:",
+        OF_REFUSALS,
+    ),
+    Mutation(
+        "that those who wait outlive a failure",
+        f"{EXPERIMENTS}/user_batches.py",
+        "            left.extend(self._waiting)\n",
+        "",
+        OF_REFUSALS,
+    ),
+    Mutation(
+        "that nobody waits for ever for a user's disk",
+        f"{EXPERIMENTS}/serve_api.py",
+        "timeout=max(0.0, left)",
+        "timeout=None",
+        OF_REFUSALS,
+    ),
+    Mutation(
+        "that who has had an answer waits no more among users' jobs",
+        f"{EXPERIMENTS}/user_batches.py",
+        " and not future.cancelled():",
+        ":",
+        OF_REFUSALS,
+    ),
+    Mutation(
+        "that what is not kept does not move a user's position",
+        f"{EXPERIMENTS}/user_batches.py",
+        "position = int(memory.position) if keep else active.own",
+        "position = int(memory.position)",
+        OF_REFUSALS,
+    ),
+    Mutation(
+        "that what a client does not take is thrown away",
+        f"{EXPERIMENTS}/serve_http.py",
+        "self.writer.transport.abort()",
+        "pass",
+        "experiments/test_serve_http.py",
+    ),
+    Mutation(
+        "the time within which an answer is taken",
+        f"{EXPERIMENTS}/serve_http.py",
+        "async with asyncio.timeout(self.limits.leave):\n            await self.writer.drain()",
+        "async with asyncio.timeout(None):\n            await self.writer.drain()",
+        "experiments/test_serve_http.py",
+    ),
+    Mutation(
+        "the time that a connection may be quiet",
+        f"{EXPERIMENTS}/serve_http.py",
+        "async with asyncio.timeout(self.limits.idle):",
+        "async with asyncio.timeout(None):",
+        "experiments/test_serve_http.py",
+    ),
+    Mutation(
+        "that a memory which no disk takes stays with its user",
+        f"{EXPERIMENTS}/users.py",
+        "                except OSError:\n                    return\n",
+        "                except ZeroDivisionError:\n                    return\n",
+        OF_DISK,
+    ),
+    Mutation(
+        "that a memory whose file may not last is its user's",
+        f"{EXPERIMENTS}/users.py",
+        "            self.put(name, memory)\n            raise",
+        "            raise",
+        OF_DISK,
+    ),
+    Mutation(
+        "that a memory which can't be removed is still its user's",
+        f"{EXPERIMENTS}/users.py",
+        '        self._path(name, "memory").unlink(missing_ok=True)\n        (',
+        "        self._near.pop(name, None)\n"
+        '        self._path(name, "memory").unlink(missing_ok=True)\n        (',
+        OF_DISK,
+    ),
+    Mutation(
+        "that no other account reads a user's file",
+        f"{EXPERIMENTS}/user_files.py",
+        "os.O_TRUNC, 0o600)",
+        "os.O_TRUNC, 0o644)",
+        OF_DISK,
+    ),
+    Mutation(
+        "that no other account reads the users' folder",
+        f"{EXPERIMENTS}/users.py",
+        "folder.mkdir(0o700, ",
+        "folder.mkdir(",
+        OF_DISK,
+    ),
+    Mutation(
+        "that a user hears of a memory that is lost",
+        f"{EXPERIMENTS}/users.py",
+        '                raise Refused(f"{LOST}; load what was saved, or forget.")',
+        "                return self.start",
+        OF_DISK,
+    ),
+    Mutation(
+        "that the memories of those who were removed go when a server begins",
+        f"{EXPERIMENTS}/users.py",
+        "if path.stem not in self._proofs:",
+        "if False:",
+        OF_DISK,
+    ),
+    Mutation(
+        "that a server answers to the address it was given",
+        f"{EXPERIMENTS}/serve.py",
+        "(*NAMES, in_address(options.host))",
+        "NAMES",
+        OF_REFUSALS,
+    ),
+    Mutation(
+        "that a text far too long is not encoded",
+        f"{EXPERIMENTS}/serve_api.py",
+        "if least > limit:",
+        "if False:",
+        OF_REFUSALS,
+    ),
+    Mutation(
+        "the deadline of a text's encoding",
+        f"{EXPERIMENTS}/serve_api.py",
+        "async with asyncio.timeout(self.allowed.seconds):",
+        "async with asyncio.timeout(None):",
+        OF_REFUSALS,
+    ),
+    *(
+        Mutation(
+            f"the answer to what is told by {error}",
+            f"{EXPERIMENTS}/serve_refusals.py",
+            f"case {error}():",
+            "case ZeroDivisionError():",
+            OF_REFUSALS,
+        )
+        for error in ("Full", "Busy", "Late", "Slow", "Closing", "Unsettled", "OSError")
+    ),
+    Mutation(
+        "that a user's file is compared with an undisturbed one's",
+        f"{EXPERIMENTS}/save_kills.py",
+        "for n, (a, b) in pairs if a != b",
+        "for n, (a, b) in pairs if (a is None) != (b is None)",
+        "experiments/test_save_kills.py",
+    ),
+    Mutation(
+        "that users served together are compared with each alone",
+        f"{EXPERIMENTS}/personalisation.py",
+        "sum(a != b for",
+        "sum(len(a) != len(b) for",
+        "experiments/test_personalisation.py",
     ),
     Mutation(
         "that memories are saved when the server ends",

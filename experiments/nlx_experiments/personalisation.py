@@ -49,7 +49,8 @@ from nlx_experiments.long_context import base, contestants
 from nlx_experiments.personalisation_table import KINDS
 from nlx_experiments.recall import state_bytes
 from nlx_experiments.tokenization import BYTES
-from nlx_experiments.user_batches import Batches, Job
+from nlx_experiments.user_batches import Batches
+from nlx_experiments.user_jobs import Job
 from nlx_experiments.user_memory import Reader
 from nlx_experiments.users import Users
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Kills who saves users' memories, and demands everything that was said to be saved, bit by bit.
+"""Kills who saves users' memories, and demands everything that was said to be saved.
 
     python -m nlx_experiments.save_kills --writers 500 --servers 20
 
@@ -8,8 +8,9 @@ it is killed (SIGKILL) at a random moment, often within a save. Then every file 
 what was told last or the save after it, and that one wholly.
 
 Servers: `nlx serve` is killed while several clients at once let it remember; it is started anew,
-and each user must have in memory what was answered last, or wholly the request under way. At the
-end what every user's memory foretells must be what an undisturbed server's does, bit by bit.
+and each user must have in memory as many tokens as were answered last, or those of the request
+under way too. At the end every user's file must be, byte by byte, that of an undisturbed server
+which was told the same, and what both foretell the same, to the digits that are answered.
 """
 
 import concurrent.futures
@@ -32,6 +33,7 @@ from nlx_experiments import user_files
 from nlx_experiments.errors import Refused
 from nlx_experiments.serve_process import Server, small_run
 from nlx_experiments.user_memory import Memory
+from nlx_experiments.users import digests
 
 MODEL = "one for trying"
 NUMBERS = 60_000  # of a memory that writers save: 240 KB
@@ -165,14 +167,28 @@ def kill_servers(folder: pathlib.Path, times: int, seed: int) -> tuple[list[str]
     with Server(run, "--memories", memories) as server:
         probed = [server.ask("POST", "/v1/generate", PROBE, token)[1] for token in tokens]
     with Server(run, "--memories", folder / "undisturbed") as server:
-        for n, found in enumerate(probed):
-            token = server.user()
+        others = [server.user() for _ in tokens]
+        for n, (token, found) in enumerate(zip(others, probed, strict=True)):
             for text in texts[n]:
-                server.ask("POST", "/v1/prefill", {"text": text}, token)
+                server.ask("POST", "/v1/remember", {"text": text}, token)
             expected = server.ask("POST", "/v1/generate", PROBE, token)[1]
             if (found["bits"], found["drawn"]) != (expected["bits"], expected["drawn"]):
                 wrong.append(f"user {n}: the memory foretells other than an undisturbed one")
+        of = lambda place, who: [saved(folder / place, token) for token in who]
+        wrong += differing(of("users", tokens), of("undisturbed", others))
     return wrong, size_of(texts)
+
+
+def saved(folder: pathlib.Path, token: str) -> bytes | None:
+    """A user's file; None: nothing was saved."""
+    path = folder / f"{digests(token)[0]}.memory"
+    return path.read_bytes() if path.exists() else None
+
+
+def differing(files: list[bytes | None], undisturbed: list[bytes | None]) -> list[str]:
+    """Which users' files are not those of an undisturbed server."""
+    pairs = enumerate(zip(files, undisturbed, strict=True))
+    return [f"user {n}: the file is not an undisturbed one's" for n, (a, b) in pairs if a != b]
 
 
 def recovered(server: Server, tokens: list[str], texts: list[list[str]]) -> list[str]:

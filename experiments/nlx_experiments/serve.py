@@ -88,6 +88,20 @@ def loopback(host: str) -> bool:
         return False
 
 
+def in_address(host: str) -> str:
+    """A host as addresses name it."""
+    return f"[{host}]" if ":" in host else host
+
+
+def names(options: Serve) -> tuple[str, ...] | None:
+    """What requests may call the server; None: anything."""
+    return (
+        None
+        if options.beyond_loopback
+        else tuple(dict.fromkeys((*NAMES, in_address(options.host))))
+    )
+
+
 def main(options: Serve) -> None:
     """Serves until a signal comes. Raises Refused, and Stopped when all is saved."""
     chosen = config.of_run(options.run)
@@ -99,8 +113,7 @@ def main(options: Serve) -> None:
     ) as users:
         with Batches(reader, users, waiting=options.waiting) as batches:
             allowed = Allowed(options.tokens, options.seconds)
-            hosts = None if options.beyond_loopback else NAMES
-            api = Api(chosen.preset, reader, users, batches, tokenizer, allowed, hosts)
+            api = Api(chosen.preset, reader, users, batches, tokenizer, allowed, names(options))
             limits = Limits(
                 body=options.body, arrive=options.arrive, connections=options.connections
             )
@@ -133,9 +146,9 @@ async def _serve(options: Serve, http: Http, reader: Reader, users: Users) -> si
             f"`port` is {options.port}; nothing can listen at {where} ({error})."
         ) from None
     port = server.sockets[0].getsockname()[1]
-    host = f"[{options.host}]" if ":" in options.host else options.host
     kept = f"{reader.bytes:,} bytes a user, {len(users):,} users so far"
-    say(f"Serving {options.run} at http://{host}:{port}/ ({kept}); Ctrl-C ends it.")
+    where = f"http://{in_address(options.host)}:{port}/"
+    say(f"Serving {options.run} at {where} ({kept}); Ctrl-C ends it.")
     await stop.wait()
     say(f"{received[0].name}: giving the answers that are due, then saving.")
     await http.close(server, options.seconds)

@@ -19,31 +19,31 @@ Pages of other sites can't use the server: `Host` and `Origin` must be its own.
 
 import asyncio
 import collections
+import contextlib
 import dataclasses
-import hashlib
 import math
-import pathlib
 import re
 import time
-import traceback
-from base64 import b64encode
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
 from typing import Any
 
 import numpy as np
 
-from nlx_experiments.console import say
-from nlx_experiments.errors import Refused
 from nlx_experiments.generate import shown
 from nlx_experiments.serve_fields import Bad, fields, number
 from nlx_experiments.serve_http import Reply, Request, refusal, told
+from nlx_experiments.serve_page import page
+from nlx_experiments.serve_refusals import Slow, refused
 from nlx_experiments.tokenization import Tokenizer
-from nlx_experiments.user_batches import Batches, Busy, Closing, Done, Job, Late, TooLong
+from nlx_experiments.user_batches import Batches
+from nlx_experiments.user_jobs import Done, Job, Late
 from nlx_experiments.user_memory import Reader, finite
-from nlx_experiments.users import Full, Users
+from nlx_experiments.users import Users
 
-PAGE = pathlib.Path(__file__).with_name("serve_page.html")
-SOON = ("retry-after", "1")
+NOTHING = np.zeros(0, int)
+NOBODY = ""  # no user's name
+GRACE = 5.0  # seconds for what was begun to say that it is late
 READING: dict[str, Any] = {"text": str, "every": int}
 DRAWING: dict[str, Any] = {
     "length": int, "prompt": str, "temperature": float, "seed": int, "keep": bool, "blank": bool,
@@ -99,34 +99,10 @@ class Api:
         """The answer; raises nothing but cancellation."""
         try:
             return await self._route(request)
-        except Bad as bad:
-            status, sentence = bad.args
-            more = [("www-authenticate", "Bearer")] if status == 401 else []
-            return refusal(status, sentence, *more)
-        except TooLong as full:
-            left = full.args[0]
-            sentence = f"the memory has room for {left} more tokens; forget, or ask for fewer."
-            return refusal(413, sentence)
-        except Full:
-            sentence = f"there are {self.users.limit:,} users, as many as there may be."
-            return refusal(503, sentence)
-        except Busy:
-            sentence = f"{self.batches.waiting} requests are waiting, as many as may; try again."
-            return refusal(503, sentence, SOON)
-        except Late:
-            limit = self.allowed.seconds
-            sentence = f"it was not done within {limit:g} s; the memory is as it was before."
-            return refusal(503, sentence, SOON)
-        except Closing:
-            return refusal(503, "the server is shutting down.", SOON)
-        except Refused as error:
-            return refusal(409, str(error))
-        except OSError as error:
-            sentence = f"the disk refused ({error.strerror}); the memory is as it was before."
-            return refusal(503, sentence)
-        except Exception:
-            say(f"A request to {request.path} failed:\n{traceback.format_exc()}")
-            return refusal(500, "the server failed; its log says how.")
+        except Exception as error:
+            users, waiting = self.users.limit, self.batches.waiting
+            seconds = self.allowed.seconds
+            return refused(error, request.path, users=users, waiting=waiting, seconds=seconds)
 
     async def _route(self, request: Request) -> Reply:
         if self.hosts is not None:
@@ -158,7 +134,8 @@ class Api:
 
     async def _create(self, request: Request) -> Reply:
         fields(request, {})
-        return told(201, {"token": await asyncio.to_thread(self.users.create)})
+        made = self.batches.do(NOBODY, self.users.create)
+        return told(201, {"token": await self._within(made, time.monotonic())})
 
     async def _memory(self, request: Request) -> Reply:
         name = self._who(request)
@@ -175,20 +152,19 @@ class Api:
         name, given = self._who(request), fields(request, READING)
         if not given.get("text"):
             raise Bad(400, "`text` is missing or empty; it must be what is to be read.")
-        tokens = await self._tokens("text", given["text"])
-        done = await self._done(Job(name, tokens, every=self._every(given), save=save))
-        return told(200, self._read_to(done, tokens) | self._held(name, done.memory.position))
+        job = Job(name, NOTHING, every=self._every(given), save=save)
+        done = await self._done(job, "text", given["text"])
+        return told(200, self._read_to(done, job.text) | self._held(name, done.position))
 
     async def _generate(self, request: Request) -> Reply:
         name, given = self._who(request), fields(request, DRAWING)
         length = number(given, "length", None, 1, self.allowed.tokens)
-        tokens = await self._tokens("prompt", given.get("prompt", ""))
         keep, blank = given.get("keep", False), given.get("blank", False)
         if keep and blank:
             raise Bad(400, "`keep` and `blank` are both true; a blank memory can't be kept.")
         job = Job(
             name,
-            tokens,
+            NOTHING,
             length,
             float(number(given, "temperature", 0.8, 0, 100)),
             number(given, "seed", 0, 0, 2**31 - 1),
@@ -196,11 +172,11 @@ class Api:
             keep=keep,
             blank=blank,
         )
-        done = await self._done(job)
+        done = await self._done(job, "prompt", given.get("prompt", ""))
         text = b"".join(shown(token, self.tokenizer) for token in done.drawn)
         made = {"text": text.decode(errors="replace"), "drawn": done.drawn}
-        position = await self._act(name, lambda: int(self.users.get(name).position))
-        return told(200, made | self._read_to(done, tokens) | self._held(name, position))
+        read = self._read_to(done, job.text)
+        return told(200, made | read | self._held(name, done.position))
 
     async def _save(self, request: Request) -> Reply:
         name, _ = self._who(request), fields(request, {})
@@ -237,38 +213,63 @@ class Api:
     async def _tokens(self, field: str, text: str) -> np.ndarray:
         """A text as tokens, as many as are allowed."""
         if not text:
-            return np.zeros(0, int)
+            return NOTHING
         try:
-            text.encode()
+            size = len(text.encode())
         except UnicodeEncodeError:
             raise Bad(400, f"`{field}` holds half a surrogate pair; it must be text.") from None
+        limit, least = self.allowed.tokens, -(-size // max(map(len, self.tokenizer.pieces)))
+        if least > limit:  # which needs no encoding
+            sentence = f"is of {least:,} tokens or more; it must be of at most {limit:,}."
+            raise Bad(413, f"`{field}` {sentence}")
         tokens = np.asarray(await asyncio.to_thread(self.tokenizer.encode, text))
-        if tokens.size > self.allowed.tokens:
-            limit = self.allowed.tokens
-            raise Bad(
-                413, f"`{field}` is of {tokens.size:,} tokens; it must be of at most {limit:,}."
-            )
+        if tokens.size > limit:
+            sentence = f"is of {tokens.size:,} tokens; it must be of at most {limit:,}."
+            raise Bad(413, f"`{field}` {sentence}")
         return tokens
 
     def _every(self, given: Mapping[str, Any]) -> int | None:
         every = number(given, "every", 0, 1, self.reader.piece) if "every" in given else None
         return every
 
-    async def _done(self, job: Job) -> Done:
-        job.deadline = time.monotonic() + self.allowed.seconds
-        return await self._alone(job.name, lambda: self.batches.submit(job))
+    async def _done(self, job: Job, field: str, text: str) -> Done:
+        """Waits for a job that reads a text."""
+        begun = time.monotonic()
+        job.deadline = begun + self.allowed.seconds
+        with self._alone(job.name):
+            try:
+                async with asyncio.timeout(self.allowed.seconds):
+                    job.text = await self._tokens(field, text)
+            except TimeoutError:
+                raise Late from None
+            return await self._within(self.batches.submit(job), begun)
 
     async def _act(self, name: str, action: Callable[[], Any]) -> Any:
-        return await self._alone(name, lambda: self.batches.do(name, action))
+        begun = time.monotonic()
+        with self._alone(name):
+            return await self._within(self.batches.do(name, action), begun)
 
-    async def _alone(self, name: str, begin: Callable) -> Any:
-        """Waits for a job of a user who has not too many under way."""
+    async def _within(self, work: Future, begun: float) -> Any:
+        """What the work gives. Raises Late: nothing of it happens; Slow."""
+        waited = asyncio.wrap_future(work)
+        waited.add_done_callback(lambda each: each.cancelled() or each.exception())
+        left = begun + self.allowed.seconds - time.monotonic()
+        done, _ = await asyncio.wait([waited], timeout=max(0.0, left))
+        if not done and self.batches.cancel(work):
+            raise Late
+        if not done and not (await asyncio.wait([waited], timeout=GRACE))[0]:
+            raise Slow
+        return waited.result()
+
+    @contextlib.contextmanager
+    def _alone(self, name: str) -> Iterator[None]:
+        """For a request of a user who has not too many under way."""
         if self.at_once[name] >= self.allowed.at_once:
             sentence = f"{self.allowed.at_once} requests of yours are under way, as many as may."
             raise Bad(429, sentence)
         self.at_once[name] += 1
         try:
-            return await asyncio.shield(asyncio.wrap_future(begin()))
+            yield
         finally:
             self.at_once[name] -= 1
             if not self.at_once[name]:
@@ -288,18 +289,6 @@ class Api:
     def _held(self, name: str, position: int) -> dict[str, Any]:
         """What the user has in memory."""
         return {"position": int(position), "unsaved": self.users.unsaved(name)}
-
-
-def page() -> Reply:
-    """The page, and the rule that nothing but its own script and style is run."""
-    content = PAGE.read_bytes()
-    rules = ["default-src 'none'", "connect-src 'self'", "img-src data:", "base-uri 'none'"]
-    rules += ["form-action 'none'", "frame-ancestors 'none'"]
-    for tag in ("script", "style"):
-        inner = re.findall(rf"<{tag}>(.*?)</{tag}>".encode(), content, re.DOTALL)
-        sums = " ".join(f"'sha256-{b64encode(hashlib.sha256(x).digest()).decode()}'" for x in inner)
-        rules.append(f"{tag}-src {sums}")
-    return Reply(200, content, "text/html", (("content-security-policy", "; ".join(rules)),))
 
 
 def _name(host: str) -> str:

@@ -115,8 +115,10 @@ class Http:
         except (OSError, asyncio.CancelledError, TimeoutError):
             pass  # who left, or was too slow to take an answer, gets no other
         finally:
+            if task in self._idle:
+                self._idle[task] = False  # it counts until it is gone
+            await talk.part()
             self._idle.pop(task, None)
-            writer.close()
 
     async def _exchange(self, task: asyncio.Task, talk: "_Talk") -> bool:
         """One request and its answer; whether another may follow."""
@@ -220,6 +222,17 @@ class _Talk:
             async with asyncio.timeout(LINGER):
                 while await self.reader.read(CHUNK):
                     pass
+
+    async def part(self) -> None:
+        """Closes; what the client does not take in time is thrown away."""
+        self.writer.close()
+        try:
+            async with asyncio.timeout(self.limits.leave):
+                await self.writer.wait_closed()
+        except (OSError, asyncio.CancelledError, TimeoutError):
+            pass
+        finally:
+            self.writer.transport.abort()
 
     async def _event(self) -> Any:
         while (event := self.wire.next_event()) is h11.NEED_DATA:

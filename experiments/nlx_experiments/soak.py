@@ -4,7 +4,7 @@
 command    python -m nlx_experiments.soak [--run RUN] [--minutes 30] [--place FOLDER]
 shows      resident memory, open files and threads of the server over time, requests a second, and
            answers by status; that every refusal was one that was asked for; and that at the end
-           each user has in memory exactly what was read for them
+           each user has as many tokens in memory as were read for them
 takes      as long as it is told; few requests a second, so that it disturbs little
 expects    memory within a few per cent from the second third to the last
 
@@ -72,7 +72,7 @@ class Soak:
 
 
 class Client:
-    """One of those who ask; has users of its own, and knows what each must have in memory."""
+    """One of those who ask; has users of its own, and knows how much each must have in memory."""
 
     def __init__(self, server: Server, users: int, seed: int):
         """Makes its users."""
@@ -126,7 +126,7 @@ class Client:
         self.slowest = max(self.slowest, time.monotonic() - begun)
 
     def check(self, n: int) -> None:
-        """Whether the n-th user has in memory what was read."""
+        """Whether the n-th user has as many tokens in memory as were read."""
         status, value = self.server.ask("GET", "/v1/memory", token=self.tokens[n])
         self._expect(200, status, value)
         if value.get("position") != self.now[n]:

@@ -4,11 +4,11 @@
 A user's jobs are done one after the other, in the order they came; jobs of several users share
 every call of the batch. A job happens wholly or not at all: the user's memory changes when all of
 it is done (and, where it must last, on disk), so a job that fails or comes too late leaves the
-memory as it was.
+memory as it was. Whatever goes wrong fails the jobs in the slots; the thread goes on with others.
 """
 
 import collections
-import dataclasses
+import contextlib
 import queue
 import threading
 import time
@@ -17,67 +17,18 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int
 
+from nlx_experiments.user_jobs import Busy, Closing, Done, Job, Late, TooLong
 from nlx_experiments.user_memory import Memory, Reader, firings
 from nlx_experiments.users import Users
-
-
-class Busy(Exception):
-    """More jobs are waiting than may."""
-
-
-class Late(Exception):
-    """The job was not done in time, and nothing of it happened."""
-
-
-class Closing(Exception):
-    """No more jobs are taken."""
-
-
-class TooLong(Exception):
-    """There is no room in the model's state for so many tokens; says how many there are."""
-
-
-@dataclasses.dataclass
-class Job:
-    """Reads tokens, then continues them."""
-
-    name: str
-    """Of the user."""
-    text: Int[np.ndarray, " n"]
-    """Tokens to read; may be none."""
-    length: int = 0
-    """Tokens to draw after them."""
-    temperature: float = 1.0
-    seed: int = 0
-    every: int | None = None
-    """Levels are measured whenever so many tokens are read; None: not at all."""
-    blank: bool = False
-    """Begin at the start in place of the user's memory; then nothing is kept."""
-    keep: bool = True
-    """Whether the user has in memory what was read and drawn."""
-    save: bool = False
-    """Whether it must lie in the user's file before the job is done."""
-    deadline: float = float("inf")
-    """On `time.monotonic`."""
-
-
-@dataclasses.dataclass
-class Done:
-    """What a job has done; memory: the user's after it, or what it would be."""
-
-    bits: list[float]
-    drawn: list[int]
-    levels: list[dict[str, Any]]
-    memory: Memory
 
 
 class _Active:
     """A job in a slot."""
 
-    def __init__(self, job: Job, future: Future, memory: Memory):
-        self.job, self.future = job, future
+    def __init__(self, job: Job, future: Future, memory: Memory, position: int):
+        """position: tokens in the user's own memory, which may be another than the job's."""
+        self.job, self.future, self.own = job, future, position
         self.bits: list[float] = []
         self.drawn: list[int] = []
         self.levels: list[dict[str, Any]] = []
@@ -127,6 +78,12 @@ class Batches:
         """Calls a function, in a thread for files, when the user's earlier jobs are done."""
         return self._enter(name, action)
 
+    def cancel(self, future: Future) -> bool:
+        """Whether a job has not begun, and now never does."""
+        cancelled = future.cancel()
+        self._come.put(None)
+        return cancelled
+
     def _enter(self, name: str, thing: Any) -> Future:
         with self._lock:
             if self._closing:
@@ -140,10 +97,23 @@ class Batches:
 
     def _run(self) -> None:
         while not (self._closing and self._idle() and self._come.empty()):
-            self._collect(block=not any(self._slots) and not self._ready())
-            self._admit()
-            if any(self._slots):
-                self._advance()
+            try:
+                self._turn()
+            except Exception as error:  # nothing of the jobs in the slots has happened
+                self._fail(error)
+
+    def _turn(self) -> None:
+        self._collect(block=not any(self._slots) and not self._ready())
+        self._admit()
+        if any(self._slots):
+            self._advance()
+
+    def _fail(self, error: Exception) -> None:
+        """Fails the jobs in the slots, and empties these."""
+        for n in range(len(self._slots)):
+            self._leave(n, error)
+        with contextlib.suppress(Exception):  # then the next job fails here, too
+            self.reader.clear()
 
     def _idle(self) -> bool:
         """Whether there is nothing under way and nothing that waits."""
@@ -171,47 +141,51 @@ class Batches:
         """Gives slots to jobs of users that have none under way, oldest first."""
         left: collections.deque = collections.deque()
         held: set[str] = set()  # users one of whose jobs must stay, so that order is kept
-        free = [n for n, active in enumerate(self._slots) if active is None]
-        while self._waiting:
-            name, thing, future = come = self._waiting.popleft()
-            stays = name in self._busy or name in held or (isinstance(thing, Job) and not free)
-            if stays and not self._over(thing):
-                held.add(name)
-                left.append(come)
-                continue
-            with self._lock:
-                self._count -= 1
-            if not future.set_running_or_notify_cancel():
-                continue
-            if self._over(thing):
-                future.set_exception(Late())
-            elif isinstance(thing, Job):
-                self._begin(free, thing, future)
-            else:
-                self._busy.add(name)
-                self._files.submit(self._act, name, thing, future)
-        self._waiting = left
+        try:
+            while self._waiting:
+                name, thing, future = come = self._waiting.popleft()
+                full = isinstance(thing, Job) and all(self._slots)
+                stays = name in self._busy or name in held or full
+                if stays and not self._over(thing) and not future.cancelled():
+                    held.add(name)
+                    left.append(come)
+                    continue
+                with self._lock:
+                    self._count -= 1
+                if not future.set_running_or_notify_cancel():
+                    continue
+                if self._over(thing):
+                    future.set_exception(Late())
+                elif isinstance(thing, Job):
+                    self._begin(thing, future)
+                else:
+                    self._to_files(name, thing, future)
+        finally:
+            left.extend(self._waiting)
+            self._waiting = left
 
     def _over(self, thing: Any) -> bool:
         return isinstance(thing, Job) and time.monotonic() > thing.deadline
 
-    def _begin(self, free: list[int], job: Job, future: Future) -> None:
+    def _begin(self, job: Job, future: Future) -> None:
         """Puts the user's memory into a slot."""
         try:
-            memory = self.reader.start if job.blank else self.users.get(job.name)
+            own = self.users.get(job.name)
+            memory = self.reader.start if job.blank else own
             room, more = self.reader.capacity, job.text.size + job.length
             if room is not None and int(memory.position) + more > room:
                 raise TooLong(room - int(memory.position))
-            active = _Active(job, future, memory)
-            if active.done:
-                self._finish(active, memory)
-                return
-            self.reader.put(free[0], memory.state)
         except Exception as error:
             future.set_exception(error)
             return
-        self._slots[free.pop(0)] = active
+        active = _Active(job, future, memory, int(own.position))
+        if active.done:
+            self._finish(active, memory)
+            return
+        n = self._slots.index(None)
+        self._slots[n] = active
         self._busy.add(job.name)
+        self.reader.put(n, memory.state)
 
     def _advance(self) -> None:
         """One call of the batch: every job reads a piece of text or draws a token."""
@@ -219,13 +193,7 @@ class Batches:
         for n, active in enumerate(self._slots):
             if active is not None:
                 self._ask(asked, n, active)
-        try:
-            answer = self.reader.read(asked)
-        except Exception as error:  # of the device: nothing of these jobs has happened
-            self.reader.clear()
-            for n in range(len(self._slots)):
-                self._leave(n, error)
-            return
+        answer = self.reader.read(asked)
         for n, active in enumerate(self._slots):
             if active is None:
                 continue
@@ -275,30 +243,40 @@ class Batches:
     def _finish(self, active: _Active, memory: Memory) -> None:
         """The user has this in memory; or first writes it."""
         job, future = active.job, active.future
-        done = Done(active.bits, active.drawn, active.levels, memory)
-        if job.save and not job.blank:
-            self._busy.add(job.name)
+        self._busy.discard(job.name)
+        keep = (job.keep or job.save) and not job.blank
+        position = int(memory.position) if keep else active.own
+        done = Done(active.bits, active.drawn, active.levels, memory, position)
+        if job.save and keep:
 
             def save() -> Done:
                 self.users.save(job.name, memory)
                 return done
 
-            self._files.submit(self._act, job.name, save, future)
+            self._to_files(job.name, save, future)
             return
-        self._busy.discard(job.name)
         try:
-            if job.keep and not job.blank:
+            if keep:
                 self.users.put(job.name, memory)
         except Exception as error:
             future.set_exception(error)
-            return
-        future.set_result(done)
+        else:
+            future.set_result(done)
 
     def _leave(self, n: int, error: Exception) -> None:
         active, self._slots[n] = self._slots[n], None
         if active is not None:
             self._busy.discard(active.job.name)
             active.future.set_exception(error)
+
+    def _to_files(self, name: str, action: Callable[[], Any], future: Future) -> None:
+        """Calls a function of a user in a thread for files."""
+        self._busy.add(name)
+        try:
+            self._files.submit(self._act, name, action, future)
+        except Exception as error:  # there can be no more threads
+            self._busy.discard(name)
+            future.set_exception(error)
 
     def _act(self, name: str, action: Callable[[], Any], future: Future) -> None:
         """In a thread for files."""

@@ -25,12 +25,17 @@ from nlx_experiments.weights import named
 HALF = ".half"
 
 
+class Unsettled(OSError):
+    """Names in a folder are as they must be, but the disk does not say that they last."""
+
+
 def write(path: pathlib.Path, memory: Memory, model: str, *, lasting: bool = True) -> None:
     """Writes a memory; when this returns it outlives the process and the machine's power.
 
     model: what `user_memory.identity` says of the model that made it. lasting: False for what
     need not outlive them, which is not waited for.
-    Raises OSError where the disk is full or may not be written; the old file is then as it was.
+    Raises OSError where the disk is full or may not be written; the old file is then as it was,
+    unless it is Unsettled: then the new one has its place.
     """
     arrays = {name: np.asarray(leaf, order="C") for name, leaf in named(memory).items()}
     about = {"model": model, "sha256": digest(arrays, model)}
@@ -38,10 +43,10 @@ def write(path: pathlib.Path, memory: Memory, model: str, *, lasting: bool = Tru
 
 
 def write_bytes(path: pathlib.Path, content: bytes, *, lasting: bool = True) -> None:
-    """Writes a file, whole or not at all. lasting: see `write`. Raises OSError."""
+    """Writes a file that no other account reads. lasting, errors: see `write`."""
     half = path.with_name(path.name + HALF)
     try:
-        with open(half, "wb") as stream:
+        with open(os.open(half, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as stream:
             stream.write(content)
             stream.flush()
             if lasting:
@@ -55,12 +60,15 @@ def write_bytes(path: pathlib.Path, content: bytes, *, lasting: bool = True) -> 
 
 
 def settle(folder: pathlib.Path) -> None:
-    """Hands to the disk which names a folder holds."""
-    opened = os.open(folder, os.O_RDONLY)
+    """Hands to the disk which names a folder holds. Raises Unsettled."""
     try:
-        os.fsync(opened)
-    finally:
-        os.close(opened)
+        opened = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(opened)
+        finally:
+            os.close(opened)
+    except OSError as error:
+        raise Unsettled(error.errno, error.strerror) from None
 
 
 def read(path: pathlib.Path, like: Memory, model: str) -> Memory:

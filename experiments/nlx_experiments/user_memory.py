@@ -11,9 +11,9 @@ form no slot can change another, whatever the device. An idle slot runs no branc
 Against a batched product of eight rows (width 64, two layers, two cores) that takes 0.8 to 1.6
 times as long for 32 tokens a row and 1.0 to 1.6 times for one.
 
-A slot that has a whole piece to read takes it at once, else its tokens one after the other. So what
-a user reads depends on how the user's own text was cut into requests, in its last bits, and on
-nothing else.
+A slot that has a whole piece to read takes it at once, else its tokens one after the other. Who
+watches levels has pieces of `every` tokens. So a user's memory depends, in its last bits, on how
+the user's own text was cut into requests and how often it was watched, and on no other user.
 """
 
 import hashlib

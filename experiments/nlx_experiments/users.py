@@ -3,8 +3,8 @@
 
 A user is known by a token of 256 random bits alone, given once. The name of a user's files is a
 digest of it, so no name comes from outside, none can leave the folder, and who lists the folder
-learns no token. Of the newest memories so many are held in the host's memory; the others lie in
-files until they are asked for.
+learns no token. No other account reads the files, nor a folder that is made here. Of the newest
+memories so many are held in the host's memory; the others lie in files until they are asked for.
 
 folder/NAME.user       who: a second digest of the token     NAME.memory  saved, and lasting
 folder/swapped/NAME    what did not fit in memory, gone with the process
@@ -28,6 +28,7 @@ from nlx_experiments.user_memory import Memory
 
 ABSENT = "0" * 64
 GONE = "the user is no more."
+LOST = "what was read and not saved is lost, for its file in `swapped` is missing"
 
 
 class Full(Exception):
@@ -56,10 +57,10 @@ class Users:
         self.held, self.limit = held, limit
         self.swapped = folder / "swapped"
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(0o700, parents=True, exist_ok=True)
             self._file = _locked(folder / ".lock")
             shutil.rmtree(self.swapped, ignore_errors=True)
-            self.swapped.mkdir()
+            self.swapped.mkdir(0o700)
         except BlockingIOError:
             raise Refused(f"`memories` is {folder}, where another process serves.") from None
         except OSError as error:
@@ -71,6 +72,9 @@ class Users:
             half.unlink()
         self._lock = threading.Lock()
         self._proofs = {path.stem: _proof(path) for path in sorted(folder.glob("*.user"))}
+        for path in folder.glob("*.memory"):  # of who was removed when the process was killed
+            if path.stem not in self._proofs:
+                path.unlink()
         self._near: collections.OrderedDict[str, Memory] = collections.OrderedDict()
         self._unsaved: set[str] = set()
 
@@ -94,18 +98,22 @@ class Users:
     def create(self) -> str:
         """A new user; returns the token. Raises Full, OSError."""
         token = secrets.token_urlsafe(32)
-        name, proof = _digests(token)
+        name, proof = digests(token)
         with self._lock:
             if len(self._proofs) >= self.limit:
                 raise Full
-            content = json.dumps({"proof": proof}).encode()
-            user_files.write_bytes(self._path(name, "user"), content)
+            path, content = self._path(name, "user"), json.dumps({"proof": proof}).encode()
+            try:
+                user_files.write_bytes(path, content)
+            except OSError:
+                path.unlink(missing_ok=True)
+                raise
             self._proofs[name] = proof
         return token
 
     def named(self, token: str) -> str | None:
         """The name of the user with this token; None: there is none."""
-        name, proof = _digests(token)
+        name, proof = digests(token)
         known = self._proofs.get(name, ABSENT)
         return name if hmac.compare_digest(known, proof) else None
 
@@ -136,10 +144,18 @@ class Users:
         return name in self._unsaved
 
     def save(self, name: str, memory: Memory) -> None:
-        """Writes a memory to the user's file, and makes it the user's. Raises OSError, Refused."""
+        """Writes a memory to the user's file, and makes it the user's.
+
+        Raises OSError: nothing has changed, unless it is Unsettled, when it is the user's but not
+        known to last. Raises Refused: the user is no more.
+        """
         if name not in self._proofs:
             raise Refused(GONE)
-        user_files.write(self._path(name, "memory"), memory, self.model)
+        try:
+            user_files.write(self._path(name, "memory"), memory, self.model)
+        except user_files.Unsettled:
+            self.put(name, memory)
+            raise
         self.put(name, memory, saved=True)
 
     def load(self, name: str) -> Memory:
@@ -149,16 +165,21 @@ class Users:
         return memory
 
     def forget(self, name: str) -> None:
-        """Back to the start, the file removed: when this returns nothing is left of it."""
+        """Back to the start, the file removed: when this returns nothing is left of it.
+
+        Raises OSError: the memory is as it was, unless it is Unsettled, see `save`.
+        """
         with self._lock:
             self._drop(name)
+            user_files.settle(self.folder)
 
     def remove(self, name: str) -> None:
-        """The user is no more, and what was remembered neither."""
+        """The user is no more, and what was remembered neither. Raises as `forget` does."""
         with self._lock:
-            self._proofs.pop(name, None)
             self._path(name, "user").unlink(missing_ok=True)
             self._drop(name)
+            self._proofs.pop(name, None)
+            user_files.settle(self.folder)
 
     def save_all(self) -> list[str]:
         """Saves what is not saved yet; returns sentences of what could not be."""
@@ -171,33 +192,43 @@ class Users:
         return wrong
 
     def _drop(self, name: str) -> None:
+        self._path(name, "memory").unlink(missing_ok=True)
+        (self.swapped / name).unlink(missing_ok=True)
         self._near.pop(name, None)
         self._unsaved.discard(name)
-        (self.swapped / name).unlink(missing_ok=True)
-        self._path(name, "memory").unlink(missing_ok=True)
-        user_files.settle(self.folder)
 
     def _hold(self, name: str, memory: Memory) -> None:
-        """Into the host's memory; what was asked for longest ago leaves it."""
+        """Into the host's memory; what was asked for longest ago leaves it.
+
+        What no disk takes stays, be there more than `held`.
+        """
         self._near[name] = memory
         self._near.move_to_end(name)
-        while len(self._near) > self.held:
-            oldest, moved = next(iter(self._near.items()))
+        for oldest in list(self._near)[: -self.held]:
             if oldest in self._unsaved:
-                user_files.write(self.swapped / oldest, moved, self.model, lasting=False)
+                try:
+                    path = self.swapped / oldest
+                    user_files.write(path, self._near[oldest], self.model, lasting=False)
+                except OSError:
+                    return
             del self._near[oldest]
 
     def _from_disk(self, name: str) -> Memory:
-        path = self.swapped / name if name in self._unsaved else self._path(name, "memory")
-        if not path.exists():
-            return self.start
+        if name in self._unsaved:
+            path = self.swapped / name
+            if not path.exists():
+                raise Refused(f"{LOST}; load what was saved, or forget.")
+        else:
+            path = self._path(name, "memory")
+            if not path.exists():
+                return self.start
         return user_files.read(path, self.start, self.model)
 
     def _path(self, name: str, kind: str) -> pathlib.Path:
         return self.folder / f"{name}.{kind}"
 
 
-def _digests(token: str) -> tuple[str, str]:
+def digests(token: str) -> tuple[str, str]:
     """The name of the user's files, and what proves the token."""
     made = token.encode(errors="replace")
     return hashlib.sha256(b"name " + made).hexdigest()[:32], hashlib.sha256(made).hexdigest()

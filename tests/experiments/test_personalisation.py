@@ -13,6 +13,7 @@ from nlx_experiments import personalisation as experiment
 from nlx_experiments import personalisation_streams as streams
 from nlx_experiments import run as command
 from nlx_experiments.personalisation import Size, Tiny
+from nlx_experiments.user_memory import Reader
 
 from nlx import nn
 
@@ -88,6 +89,24 @@ def test_frequencies_of_a_user_s_own_are_worth_more():
     everyone, own = lines.values()
     assert own[-1] < everyone[-1] - 0.2
     assert everyone[0] == pytest.approx(np.log(streams.ITEMS), abs=0.3)
+
+
+class Leaking(Reader):
+    """What is put into a slot is felt in the one before."""
+
+    def put(self, slot, state):
+        super().put(slot, state)
+        other = slot - 1
+        self.state = jax.tree.map(lambda x: x.at[other].add(x.dtype.type(1)), self.state)
+
+
+def test_a_leak_between_users_is_found(monkeypatch):
+    size, made = Tiny.size, streams.TASKS["items"]
+    model = nn.LanguageModel(experiment.config("items", "deltanet", size), rngs=nnx.Rngs(0))
+    monkeypatch.setattr(experiment, "Reader", Leaking)
+    differ, served = experiment.interference(model, made, size)
+    assert served == 6
+    assert differ >= 3
 
 
 def test_the_tiny_experiment_runs_and_goes_on(tmp_path, monkeypatch, capsys):

@@ -11,9 +11,10 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
-from nlx_experiments import save_kills, user_files, user_memory
+from nlx_experiments import user_files, user_memory
 from nlx_experiments.errors import Refused
-from nlx_experiments.user_batches import Batches, Busy, Closing, Job, Late, TooLong
+from nlx_experiments.user_batches import Batches
+from nlx_experiments.user_jobs import Busy, Closing, Job, Late, TooLong
 from nlx_experiments.user_memory import Memory, Reader
 from nlx_experiments.users import Full, Users
 
@@ -362,22 +363,3 @@ def test_a_file_is_on_disk_before_it_takes_the_name(reader, tmp_path, monkeypatc
     monkeypatch.setattr(os, "replace", lambda a, b: (done.append("rename"), kept[1](a, b))[1])
     user_files.write(tmp_path / "a", reader.start, reader.identity)
     assert done == ["fsync", "rename", "fsync"]
-
-
-def test_a_killed_writer_loses_nothing_that_it_told(tmp_path):
-    wrong, within = save_kills.kill_writers(tmp_path / "kills", 60, seed=1)
-    assert wrong == []
-    assert within > 3
-
-
-def test_a_file_that_was_not_told_or_is_lost_is_noticed(tmp_path):
-    for n in range(4):
-        user_files.write(tmp_path / f"{n}.memory", save_kills.of_count(n), save_kills.MODEL)
-    assert [save_kills.damage(tmp_path, n, 3) for n in range(4)] == [None] * 4
-    assert save_kills.damage(tmp_path, 3, 2) is None  # done, and not yet told
-    assert "save 1, told of 5" in save_kills.damage(tmp_path, 1, 6)
-    (tmp_path / "1.memory").unlink()
-    assert "save -1, told of 1" in save_kills.damage(tmp_path, 1, 3)
-    path = tmp_path / "2.memory"
-    path.write_bytes(path.read_bytes()[:-9])
-    assert "damaged" in save_kills.damage(tmp_path, 2, 3)
