@@ -9,11 +9,12 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 
-from nlx_experiments import continual_metrics, paired, report
+from nlx_experiments import agents_tasks, continual_metrics, paired, report
 from nlx_experiments.agents_contest import best
 from nlx_experiments.agents_tasks import Task
 
 SMOOTHED = 5  # steps of a curve that are shown as their mean
+COLOURS = dict(zip(agents_tasks.MODELS, report.COLOURS, strict=False))
 Results = Mapping[str, Mapping[str, Mapping[str, Any]]]  # task -> model -> record
 
 
@@ -151,7 +152,7 @@ def _curves(axes: Any, found: Mapping[str, Mapping[str, Any]], task: Task) -> No
         parts = curves[:, : steps * SMOOTHED].reshape(len(curves), steps, SMOOTHED).mean(2)
         since = (np.arange(steps) + 0.5) * SMOOTHED - curves.shape[1] // 2
         error = parts.std(0, ddof=1) / len(parts) ** 0.5 if len(parts) > 1 else 0 * parts[0]
-        mean, colour = parts.mean(0), report.COLOURS[list(found).index(model)]
+        mean, colour = parts.mean(0), COLOURS[model]
         axes.plot(since, mean, color=colour, label=model)
         axes.fill_between(since, mean - error, mean + error, color=colour, alpha=0.2, linewidth=0)
     axes.axvline(0, color="#888888", linestyle=":", linewidth=1)
@@ -161,10 +162,10 @@ def _curves(axes: Any, found: Mapping[str, Mapping[str, Any]], task: Task) -> No
 def _walks(axes: Any, found: Mapping[str, Mapping[str, Any]], task: Task) -> None:
     """Share of walks that end well, by length."""
     lengths = [int(title) for title in task.exams]
-    for n, (model, record) in enumerate(found.items()):
+    for model, record in found.items():
         right = np.array([best(record)[title]["right"] for title in task.exams])
-        axes.plot(lengths, right.mean(1), "o-", color=report.COLOURS[n], label=model)
-        axes.fill_between(lengths, right.min(1), right.max(1), color=report.COLOURS[n], alpha=0.15)
+        axes.plot(lengths, right.mean(1), "o-", color=COLOURS[model], label=model)
+        axes.fill_between(lengths, right.min(1), right.max(1), color=COLOURS[model], alpha=0.15)
     axes.axhline(0.5, color="#888888", linestyle=":", linewidth=1)
     axes.set(xlabel="steps of a walk", ylabel="share that end well", xscale="log", ylim=(0, 1.03))
     axes.set_xticks(lengths, [str(n) for n in lengths])

@@ -32,7 +32,10 @@ NAMES = ("127.0.0.1", "localhost", "[::1]")
 
 @dataclasses.dataclass(frozen=True)
 class Serve:
-    """Serves the model of a run to many users, each with a memory of their own."""
+    """Serves the model of a run to many users, each with a memory of their own.
+
+    What may be asked over HTTP stands in docs/applications/personalisation.md.
+    """
 
     run: Annotated[pathlib.Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """Folder of a run, finished or not."""

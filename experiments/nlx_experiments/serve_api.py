@@ -207,7 +207,7 @@ class Api:
         scheme, _, token = request.headers.get("authorization", "").partition(" ")
         name = self.users.named(token.strip()) if scheme.lower() == "bearer" else None
         if name is None:
-            raise Bad(401, "the token is missing or unknown; `POST /v1/users` gives one.")
+            raise Bad(401, "the token is missing or unknown; `POST /v1/users {}` gives one.")
         return name
 
     async def _tokens(self, field: str, text: str) -> np.ndarray:
