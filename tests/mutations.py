@@ -2771,7 +2771,7 @@ MUTATIONS = (
         f"{EXPERIMENTS}/agents_contest.py",
         "task.keep * skills.penalty(params, kept)",
         "0 * skills.penalty(params, kept)",
-        "experiments/test_skills.py",
+        "experiments/test_skills.py::test_skills_are_kept_from_the_second_on",
     ),
     Mutation(
         "what numbers told to an agent mean together",

@@ -14,7 +14,7 @@ from nlx_experiments.agents_contest import best
 from nlx_experiments.agents_tasks import Task
 
 SMOOTHED = 5  # steps of a curve that are shown as their mean
-COLOURS = dict(zip(agents_tasks.MODELS, report.COLOURS, strict=False))
+COLOURS: dict[str, str] = dict(zip(agents_tasks.MODELS, report.COLOURS, strict=False))
 Results = Mapping[str, Mapping[str, Mapping[str, Any]]]  # task -> model -> record
 
 

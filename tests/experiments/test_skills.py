@@ -68,6 +68,7 @@ def test_a_penalty_holds_an_agent_where_it_was(strength):
     assert (max(jax.tree.leaves(far)) < 2.5e-3) == (strength > 0)
 
 
+@pytest.mark.slow
 def test_skills_are_kept_from_the_second_on():
     task = agents_tasks.tiny()["skills"]
     size = Size(8, 1_700, (0.1,), 1, 1, 16)
