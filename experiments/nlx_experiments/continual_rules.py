@@ -109,8 +109,10 @@ def whole(graph: nnx.GraphDef, kind: Kind) -> dict[str, Any]:
     return {"begin": begin, "step": jax.jit(step), "remember": jax.jit(remember)}
 
 
-def penalty(params: Any, memories: Whole) -> Float[Array, ""]:
+def penalty(params: Any, memories: Any) -> Float[Array, ""]:
     """sum_tasks sum_n 1/2 F_n (p_n - p*_n)^2, less a constant: of two sums, however many tasks.
+
+    memories: what has `fisher` and `anchor`, as in `Whole`.
 
     Source: Kirkpatrick et al. (2017), Overcoming catastrophic forgetting, Eq. 3.
     """

@@ -13,9 +13,11 @@ from flax import nnx
 from jaxtyping import Array, Float, PyTree
 
 from nlx import nn
-from nlx_experiments import environments, ppo
+from nlx_experiments import continual_rules, environments, ppo
 from nlx_experiments.agent import Recurrent
 from nlx_experiments.environments import World
+
+penalty = continual_rules.penalty
 
 
 class Kept(NamedTuple):
@@ -35,15 +37,6 @@ def and_this(kept: Kept, params: PyTree[Array], fisher: PyTree[Array]) -> Kept:
     """One skill more. params, fisher: p* and F after it."""
     anchor = jax.tree.map(lambda a, f, p: a + f * p, kept.anchor, fisher, params)
     return Kept(jax.tree.map(jnp.add, kept.fisher, fisher), anchor)
-
-
-def penalty(params: PyTree[Array], kept: Kept) -> Float[Array, ""]:
-    """sum_skills sum_n 1/2 F_n (p_n - p*_n)^2, less what does not depend on p.
-
-    Source: Kirkpatrick et al. (2017), Eq. 3.
-    """
-    part = lambda p, f, a: jnp.sum(0.5 * f * p * p - a * p)
-    return sum(jax.tree.leaves(jax.tree.map(part, params, *kept)), jnp.zeros(()))
 
 
 def fisher(

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Nests: blocks equal ticks, and models of the papers equal loops written from their equations."""
 
+import dataclasses
 import functools
 
 import hypothesis
@@ -32,11 +33,12 @@ def close(got, expected, tolerance=1e-9):
         )
 
 
-class TracedClock:
+@dataclasses.dataclass(frozen=True, eq=False)
+class TracedClock(nlx.Clock):
     """A clock whose period may be traced, so that one compilation of `step` serves all clocks."""
 
-    def __init__(self, period, phase):
-        self.period, self.phase = period, phase
+    def __post_init__(self):
+        """Takes what `Clock` refuses."""
 
     def fires(self, tick):
         return (tick + 1 - self.phase) % self.period == 0
