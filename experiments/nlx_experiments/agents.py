@@ -2,8 +2,8 @@
 """`nlx run agents`: agents that adapt while they live, by a memory that goes on through episodes.
 
 command    nlx run agents [--only TASK ...] [--models MODEL ...]
-           nlx run agents-tiny: next to nothing of it, in seconds; agents-gpu: width 64, five times
-           the updates, for a GPU
+           nlx run agents-tiny: next to nothing of it, in minutes, most of which compile;
+           agents-gpu: width 64, five times the updates, for a GPU
 shows      regret after a switch of odds, goals, compass or physics (`bandits.py`, `gridworld.py`,
            `cartpole.py`), of Hope, a GRU and a Transformer trained by PPO through their memory
            (`ppo.py`); mazes and chains of up to ten times the length trained on (`mazes.py`); what
@@ -99,7 +99,9 @@ def main(options: Agents) -> dict[str, Any]:
                     record = _cell(f"{title}, {model}", task, tried, config, stop)
                     store.add({"what": what, **record})
                 if what in (known := before | store.known):
-                    found[model] = known[what]
+                    found[model] = known[what] | {
+                        "carried": contest.carried(config, task.worlds[0])
+                    }
             if found:
                 results[title] = found
     write(options, name, results, tasks)

@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jaxtyping import Float, PyTree
 
 from nlx import nn
@@ -170,6 +171,12 @@ def in_turn(
             kept = skills.and_this(kept, weights, fisher)
     values = shares(weights, VALIDATED).mean(1)
     return values, {"matrix": np.stack(rows, 1), "untrained": untrained}
+
+
+def carried(config: nn.ModelConfig | Recurrent, world: World) -> int:
+    """Numbers that an agent carries from step to step of a lifetime."""
+    build = lambda: ppo.agent_of(config, world, nnx.Rngs(0)).init_state(1, world.length)
+    return sum(leaf.size for leaf in jax.tree.leaves(nnx.eval_shape(build)))
 
 
 def identity(name: tuple[str, str], task: Task, size: Size, config: Any) -> str:

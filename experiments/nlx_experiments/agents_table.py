@@ -29,20 +29,22 @@ def shown(results: Results, tasks: Mapping[str, Task]) -> str:
     for task, models in of("skills").items():
         parts += kept(models, list(tasks[task].exams), tasks[task].keep)
     rows = [
-        (task, model, rate, statistics.fmean(found["validation"]), *_of(record, seconds=rate))
+        (task, model, rate, statistics.fmean(found["validation"]), *_of(record, rate))
         for task, models in results.items()
         for model, record in models.items()
         for rate, found in record["rates"].items()
     ]
-    columns = ["task", "model", "rate", "validation", "parameters", "seconds"]
-    parts += ["The whole grid; seconds are of all rates together:"]
+    columns = ["task", "model", "rate", "validation", "parameters", "carried", "seconds"]
+    parts += [
+        "The whole grid; carried are numbers from step to step, seconds are of all rates together:"
+    ]
     return "\n\n".join([*parts, report.Table("", columns, rows).markdown()])
 
 
-def _of(record: Mapping[str, Any], seconds: str) -> tuple[Any, Any]:
+def _of(record: Mapping[str, Any], rate: str) -> list[Any]:
     """Told once, beside the rate that was chosen."""
-    chosen = seconds == record["rate"]
-    return (record["parameters"], record["seconds"]) if chosen else ("", "")
+    told = "parameters", "carried", "seconds"
+    return [record[name] if rate == record["rate"] else "" for name in told]
 
 
 def switched(results: Results) -> list[str]:
@@ -153,7 +155,7 @@ def _curves(axes: Any, found: Mapping[str, Mapping[str, Any]], task: Task) -> No
         since = (np.arange(steps) + 0.5) * SMOOTHED - curves.shape[1] // 2
         error = parts.std(0, ddof=1) / len(parts) ** 0.5 if len(parts) > 1 else 0 * parts[0]
         mean, colour = parts.mean(0), COLOURS[model]
-        axes.plot(since, mean, color=colour, label=model)
+        axes.plot(since, mean, "o-" if steps == 1 else "-", color=colour, label=model)
         axes.fill_between(since, mean - error, mean + error, color=colour, alpha=0.2, linewidth=0)
     axes.axvline(0, color="#888888", linestyle=":", linewidth=1)
     axes.set(xlabel="steps after the switch", ylabel="regret of a step")

@@ -11,7 +11,7 @@ from nlx_experiments.environments import World
 from nlx_experiments.ppo import Plan
 
 MODELS = "hope", "gru", "wider gru", "transformer"
-KEEP = 100.0  # of what earlier skills need, where they are to be kept; by a pilot of a GRU
+KEEP = 100.0  # of what earlier skills need; ten times as much kept all in a pilot of a GRU
 
 
 class Size(NamedTuple):

@@ -7,7 +7,7 @@ shows      what a token costs, session by session of a user's stream, with a mem
            one that is reset at every session, and one that all users share; for users of text with
            habits of their own and for choices of items by a drifting taste; bytes a user; and that
            1,000 users served together get, bit by bit, what each gets alone
-takes      ten minutes of a busy core for DeltaNet, twenty for Hope; the others are not run
+takes      of a core, ten minutes for DeltaNet, thirteen for Hope; the others are not run
 expects    a kept memory cheaper than a reset one (nats a token of text and of items: DeltaNet
            0.040 and 0.012, Hope 0.011 and 0.009, not sure) and than a shared one (DeltaNet 0.037,
            not sure, and 0.120; Hope 0.035, not sure, and 0.127); no bit of any user that depends

@@ -45,6 +45,17 @@ def test_models_of_a_task_are_of_one_size():
             assert abs(found - agents.FULL.parameters) <= 0.01 * agents.FULL.parameters, name
 
 
+def test_what_an_agent_carries_is_counted():
+    """Of a GRU its width, of attention a key and a value a step and layer, of Hope its memories."""
+    task = agents_tasks.full()["contexts"]
+    configs = agents_tasks.models(task, agents.FULL)
+    found = {name: agents_contest.carried(configs[name], task.worlds[0]) for name in configs}
+    assert (found["gru"], found["wider gru"]) == (32, 40)
+    assert 2 * 2 * 32 * 120 <= found["transformer"] <= 2 * 2 * 32 * 121
+    memories = 2 * (5 * 2 * 2 * 16 * 16)  # weights, and where the chunk began
+    assert memories <= found["hope"] <= memories + 4 * 3 * 32 + 1
+
+
 def test_skills_lie_side_by_side_in_an_observation(key):
     worlds = agents_tasks.skills(60, agents_tasks.full()["skills"].plan).worlds
     assert [world.name for world in worlds] == ["bandit", "goal", "chain"]
@@ -183,7 +194,8 @@ def _results():
 
     def record(task, shift):
         found = {"validation": [0.5, 0.6]} | of(task, shift)
-        return {"rates": {"0.01": found}, "rate": "0.01", "parameters": 12_000, "seconds": 3.0}
+        told = {"rate": "0.01", "parameters": 12_000, "carried": 32, "seconds": 3.0}
+        return {"rates": {"0.01": found}, **told}
 
     tasks = ("bandit", "t-maze", "skills")
     return {t: {"hope": record(t, 0.0), "gru": record(t, 0.25)} for t in tasks}
@@ -199,7 +211,7 @@ def test_tables_say_what_was_found(tmp_path):
     assert "* t-maze, 100 steps: gru +25.0 ± 0.0 points, ahead." in text
     assert "| hope | 83 (83 to 83) | 70 (70 to 70) | -20 (-20 to -20) | 50 (50 to 50) |" in text
     assert "* at the end: gru +8.3 ± 0.0 points, ahead." in text
-    assert "| bandit | gru | 0.01 | 0.550 | 12,000 | 3.000 |" in text
+    assert "| bandit | gru | 0.01 | 0.550 | 12,000 | 32 | 3.000 |" in text
     agents_table.plot(tmp_path, "agents", results, tasks)
     for name in ("agents", "agents-skills"):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
